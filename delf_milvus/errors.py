@@ -1,0 +1,50 @@
+"""Every error that a user can meet: one class a situation, one sentence each, one exit code a class."""
+
+from __future__ import annotations
+
+
+class DelfMilvusError(Exception):
+    """Base of all errors of this package.
+
+    Its text is one sentence that says what is wrong and what to do; `exit_code` is what the command line ends with.
+    """
+
+    exit_code = 1
+
+
+class UsageError(DelfMilvusError):
+    """An option, a setting or an argument has a value that makes no sense."""
+
+    exit_code = 2
+
+
+class DatabaseError(DelfMilvusError):
+    """The database cannot be reached, is locked by another process, or failed while answering."""
+
+    exit_code = 3
+
+
+class CollectionError(DelfMilvusError):
+    """A collection was made by another model, another schema or other software."""
+
+    exit_code = 4
+
+
+class ModelError(DelfMilvusError):
+    """A weight file is missing, damaged or does not fit its specification."""
+
+    exit_code = 4
+
+
+class InputError(DelfMilvusError):
+    """A photo, a folder or a metadata file cannot be read."""
+
+    exit_code = 5
+
+
+class ImageError(InputError):
+    """The bytes are not a photo that can be decoded within the limits."""
+
+
+class NotFoundError(InputError):
+    """No image with that id is in the collection."""

@@ -1,0 +1,137 @@
+"""The one value that travels through the system: the local features of one photo."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Float32Array = npt.NDArray[np.float32]
+
+ORDINAL_BITS = 12
+"""A feature's key is `image_key << ORDINAL_BITS | ordinal`."""
+
+MAX_FEATURES = 1 << ORDINAL_BITS
+"""Most features of one image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Local features of one photo, in falling attention.
+
+    locations: (N, 2) float32, x then y, pixels of the photo as decoded upright, pixel centres at integers.
+    scales: (N,) float32, size of a feature in pixels of the photo relative to the network's own grid
+        (1 / pyramid scale): positive.
+    attention: (N,) float32, never increasing.
+    descriptors: (N, D) float32, rows of unit L2 norm.
+    width, height: size of the photo in pixels.
+
+    Raises ValueError at construction when one of this does not hold.
+    """
+
+    locations: Float32Array
+    scales: Float32Array
+    attention: Float32Array
+    descriptors: Float32Array
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        count = len(self.locations)
+        arrays = {
+            "locations": (self.locations, (count, 2)),
+            "scales": (self.scales, (count,)),
+            "attention": (self.attention, (count,)),
+            "descriptors": (self.descriptors, (count, self.descriptors.shape[-1])),
+        }
+        for name, (array, shape) in arrays.items():
+            if array.dtype != np.float32 or array.shape != shape:
+                raise ValueError(f"{name} must be float32 of shape {shape}, not {array.dtype} of {array.shape}")
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} must be finite")
+        if count > MAX_FEATURES:
+            raise ValueError(f"at most {MAX_FEATURES} features an image, not {count}")
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"an image has at least one pixel, not {self.width} x {self.height}")
+        if count and (self.scales <= 0).any():
+            raise ValueError("scales must be positive")
+        if count and (np.diff(self.attention) > 0).any():
+            raise ValueError("features must come in falling attention")
+        if count and (np.abs(np.linalg.norm(self.descriptors, axis=1) - 1) > 1e-2).any():
+            raise ValueError("descriptors must have unit L2 norm")
+
+    def __len__(self) -> int:
+        return len(self.locations)
+
+    @property
+    def dim(self) -> int:
+        """Length of a descriptor."""
+        return int(self.descriptors.shape[1])
+
+    def top(self, count: int) -> Features:
+        """The `count` features of highest attention."""
+        return self.take(np.arange(min(count, len(self))))
+
+    def take(self, rows: npt.NDArray[Any]) -> Features:
+        """The features of these rows (indices, or a mask), which must keep the order."""
+        return Features(
+            self.locations[rows],
+            self.scales[rows],
+            self.attention[rows],
+            self.descriptors[rows],
+            self.width,
+            self.height,
+        )
+
+    def inside(self, box: tuple[float, float, float, float]) -> Features:
+        """The features whose keypoint lies in the box (x0, y0, x1, y1), borders included."""
+        x, y = self.locations[:, 0], self.locations[:, 1]
+        x0, y0, x1, y1 = box
+        return self.take((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1))
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What two sets of features must share to be comparable: everything that changes their values.
+
+    weights: SHA-256 of the weight file (or a name, for features made elsewhere).
+    selection: how cells are scored. dim: descriptor length. longest_side: pixels a photo is shrunk to.
+    scales: the pyramid. stride: pixels between cells. precision: family of the arithmetic ("bf16" and "fp32" are one
+    family, "float": their descriptors agree to a cosine above 0.999). coordinates: the keypoint convention.
+    """
+
+    weights: str
+    selection: str
+    dim: int
+    longest_side: int
+    scales: tuple[float, ...]
+    stride: int
+    precision: str = "float"
+    coordinates: str = "pixel centres at integers, upright"
+
+    def to_json(self) -> str:
+        """Canonical JSON text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Fingerprint:
+        """The inverse of `to_json`; raises ValueError for anything else."""
+        try:
+            values = json.loads(text)
+            return Fingerprint(**{**values, "scales": tuple(values["scales"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a model fingerprint: {error}") from error
+
+    @property
+    def short(self) -> str:
+        """Twelve hexadecimal digits that stand for all of it."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """One phrase for each field in which the two differ: "scales: (0.5, 1.0) here, (1.0,) there"."""
+        mine, theirs = asdict(self), asdict(other)
+        return [f"{name}: {mine[name]} here, {theirs[name]} there" for name in mine if mine[name] != theirs[name]]

@@ -1,0 +1,93 @@
+"""The DELF network: trunk, attention head and reduction, and the specification that names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from delf_milvus.model.trunk import Trunk, TrunkSpec
+
+Selection = Literal["attention", "norm"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a weight file contains, and how features are chosen with it.
+
+    selection: "attention" scores a cell with the attention head; "norm" scores it with the L2 norm of the
+        raw output of the last stage and needs no head.
+    dim: length of the reduced descriptors.
+    attention_channels: hidden channels of the attention head; 0 where the file has no head.
+    """
+
+    trunk: TrunkSpec = field(default_factory=TrunkSpec)
+    selection: Selection = "attention"
+    dim: int = 40
+    attention_channels: int = 512
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ModelSpec:
+        """The inverse of `dataclasses.asdict`; raises TypeError for unknown fields."""
+        trunk = {k: tuple(v) if isinstance(v, list) else v for k, v in values["trunk"].items()}
+        return ModelSpec(**{**values, "trunk": TrunkSpec(**trunk)})
+
+
+class AttentionHead(nn.Module):
+    """1x1 convolution, BatchNorm, ReLU, 1x1 convolution, softplus (paper, section 4.2).
+
+    Takes the un-normalised feature map (N, C, H, W), returns positive scores (N, 1, H, W).
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.bn = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = torch.relu(self.bn(self.conv1(features)))
+        return nn.functional.softplus(self.conv2(hidden))
+
+
+class Reduction(nn.Module):
+    """L2, subtract mean, project, L2: the post-processing of every descriptor, always in fp32.
+
+    Takes (N, C) descriptors, returns (N, dim).
+    """
+
+    mean: Tensor
+    projection: Tensor
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("projection", torch.zeros(dim, channels))
+
+    def forward(self, descriptors: Tensor) -> Tensor:
+        x = nn.functional.normalize(descriptors.float(), dim=1)
+        return nn.functional.normalize((x - self.mean) @ self.projection.T, dim=1)
+
+
+class Delf(nn.Module):
+    """Trunk, attention head (where the specification has one) and reduction.
+
+    `forward` takes RGB in [0, 255], (N, 3, H, W), and returns (features (N, C, h, w), scores (N, 1, h, w)).
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        channels = spec.trunk.channels
+        self.trunk = Trunk(spec.trunk)
+        self.attention = AttentionHead(channels, spec.attention_channels) if spec.attention_channels else None
+        self.reduction = Reduction(channels, spec.dim)
+
+    def forward(self, pixels: Tensor, selection: Selection | None = None) -> tuple[Tensor, Tensor]:
+        raw, features = self.trunk(pixels)
+        if (selection or self.spec.selection) == "norm" or self.attention is None:
+            # bf16 has 8 bits of mantissa: a norm over 1024 channels is summed in fp32.
+            return features, torch.linalg.vector_norm(raw.float(), dim=1, keepdim=True)
+        return features, self.attention(features)

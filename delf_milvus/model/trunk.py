@@ -1,0 +1,155 @@
+"""ResNet-50 up to the stride-16 block, in the layouts that published DELF weights come in.
+
+One small specification says in what the layouts differ; the network below is written once.
+
+Invariants:
+  - input is RGB in [0, 255], NCHW, any floating dtype; normalisation is part of the trunk;
+  - output is the raw residual sum of the last stage and the map that descriptors are read from
+    (for the pre-activation layout: after its closing BatchNorm and ReLU; otherwise the same map);
+  - every convolution pads by (kernel - 1) / 2 on both sides, so map cell (r, c) is centred on input
+    pixel (stride * r, stride * c) exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TrunkSpec:
+    """In what the ResNet layouts differ.
+
+    layout: "v1.5" (torchvision: stride in the 3x3 of a stage's first unit), "v2" (pre-activation, as
+        GluonCV's resnet50_v2: BatchNorm on the input, units normalise before they convolve) or "v1"
+        (TF-slim: stride in the 3x3 of a stage's last unit, whose identity shortcut is subsampled).
+    units: number of bottleneck units in each stage.
+    strides: spatial stride of each stage; the stem has stride 4.
+    widths: channels of the 3x3 convolution in each stage; a stage's output has four times as many.
+    mean, std: normalisation of pixel values divided by 255.
+    """
+
+    layout: Literal["v1", "v1.5", "v2"] = "v2"
+    units: tuple[int, ...] = (3, 4, 6)
+    strides: tuple[int, ...] = (1, 2, 2)
+    widths: tuple[int, ...] = (64, 128, 256)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    epsilon: float = field(default=1e-5)
+
+    @property
+    def stride(self) -> int:
+        """Input pixels between neighbouring cells of the output map."""
+        stride = 4
+        for stage in self.strides:
+            stride *= stage
+        return stride
+
+    @property
+    def channels(self) -> int:
+        """Channels of the output map."""
+        return 4 * self.widths[-1]
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2, bias=False)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (stride), 1x1, each followed by BatchNorm; ReLU after the sum (layouts v1 and v1.5)."""
+
+    def __init__(self, inputs: int, width: int, stride: int, epsilon: float) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.conv1 = _convolution(inputs, width, 1)
+        self.bn1 = nn.BatchNorm2d(width, epsilon)
+        self.conv2 = _convolution(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width, epsilon)
+        self.conv3 = _convolution(width, outputs, 1)
+        self.bn3 = nn.BatchNorm2d(outputs, epsilon)
+        self.stride = stride
+        self.downsample: nn.Sequential | None = None
+        if inputs != outputs:
+            self.downsample = nn.Sequential(_convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs, epsilon))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
+        else:
+            shortcut = x[:, :, :: self.stride, :: self.stride] if self.stride > 1 else x
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)))
+        return torch.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+class PreactivationBottleneck(nn.Module):
+    """BatchNorm and ReLU before each of 1x1, 3x3 (stride), 1x1; the shortcut takes the activated input (v2)."""
+
+    def __init__(self, inputs: int, width: int, stride: int, epsilon: float) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.bn1 = nn.BatchNorm2d(inputs, epsilon)
+        self.conv1 = _convolution(inputs, width, 1)
+        self.bn2 = nn.BatchNorm2d(width, epsilon)
+        self.conv2 = _convolution(width, width, 3, stride)
+        self.bn3 = nn.BatchNorm2d(width, epsilon)
+        self.conv3 = _convolution(width, outputs, 1)
+        self.downsample: nn.Conv2d | None = None
+        if inputs != outputs or stride > 1:
+            self.downsample = _convolution(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = torch.relu(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(activated)
+        y = torch.relu(self.bn2(self.conv1(activated)))
+        y = torch.relu(self.bn3(self.conv2(y)))
+        return self.conv3(y) + shortcut
+
+
+class Trunk(nn.Module):
+    """ResNet stem and stages by a `TrunkSpec`.
+
+    `forward` takes RGB in [0, 255], (N, 3, H, W), and returns (raw, features), each
+    (N, spec.channels, ceil(H / stride), ceil(W / stride)): the residual sum of the last stage, and the
+    activated map that descriptors are read from.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: TrunkSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        preactivation = spec.layout == "v2"
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.input_bn = nn.BatchNorm2d(3, spec.epsilon, affine=False) if preactivation else nn.Identity()
+        self.conv1 = _convolution(3, 64, 7, 2)
+        self.bn1 = nn.BatchNorm2d(64, spec.epsilon)
+        self.pool = nn.MaxPool2d(3, 2, padding=1)
+        stages = []
+        inputs = 64
+        unit_type = PreactivationBottleneck if preactivation else Bottleneck
+        for units, width, stride in zip(spec.units, spec.widths, spec.strides, strict=True):
+            strided = units - 1 if spec.layout == "v1" else 0
+            stage = []
+            for unit in range(units):
+                stage.append(unit_type(inputs, width, stride if unit == strided else 1, spec.epsilon))
+                inputs = 4 * width
+            stages.append(nn.Sequential(*stage))
+        self.stages = nn.Sequential(*stages)
+        self.final_bn = nn.BatchNorm2d(inputs, spec.epsilon) if preactivation else None
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.input_bn((pixels - self.mean) / self.std)
+        x = self.pool(torch.relu(self.bn1(self.conv1(x))))
+        raw = self.stages(x)
+        if self.final_bn is None:
+            return raw, raw
+        return raw, torch.relu(self.final_bn(raw))

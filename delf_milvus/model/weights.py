@@ -1,0 +1,156 @@
+"""Weight files: reading and writing the network, and the ImageNet weights that training starts from.
+
+A weight file is safetensors and nothing else. Its metadata holds one JSON object under `delf_milvus`:
+the `ModelSpec` that the tensors belong to. Nothing in a weight file is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from delf_milvus.errors import ModelError
+from delf_milvus.model.delf import Delf, ModelSpec
+from delf_milvus.model.trunk import Trunk, TrunkSpec
+
+METADATA_KEY = "delf_milvus"
+BUNDLED = Path(__file__).parent / "bundled" / "delf_resnet50v2.safetensors"
+
+
+def resolve(model: str | Path | None) -> Path:
+    """The weight file that a `--model` value names: a path, or the bundled model for None or "bundled".
+
+    Raises ModelError when there is no such file.
+    """
+    path = BUNDLED if model is None or str(model) == "bundled" else Path(model)
+    if not path.is_file():
+        raise ModelError(f"There is no model file at {path}; give --model a .safetensors file, or leave it out.")
+    return path
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a weight file, hexadecimal: what of the weights enters the fingerprint."""
+    with path.open("rb") as stream:
+        return _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def save(
+    path: Path, tensors: dict[str, Tensor], spec: ModelSpec, *, half: bool = False, notes: dict[str, Any] | None = None
+) -> None:
+    """Write a weight file; with `half`, matrices and convolutions become fp16 and vectors stay fp32."""
+
+    def stored(name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu().contiguous()
+        # A BatchNorm variance below 6e-5 would lose bits in fp16, and vectors weigh next to nothing.
+        return tensor.half() if half and tensor.ndim >= 2 and not name.startswith("reduction.") else tensor
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    metadata = {METADATA_KEY: json.dumps({"spec": asdict(spec), "notes": notes or {}}, sort_keys=True)}
+    save_file({name: stored(name, tensor) for name, tensor in sorted(tensors.items())}, partial, metadata)
+    partial.replace(path)
+
+
+def read(path: Path) -> tuple[ModelSpec, dict[str, Tensor], dict[str, Any]]:
+    """The specification, the tensors (fp32, by name) and the notes of a weight file.
+
+    Raises ModelError for a file that is not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            header = json.loads(metadata[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        spec = ModelSpec.from_dict(header["spec"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} is not a delf-milvus weight file ({error}).") from error
+    floating = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    return spec, floating, header["notes"]
+
+
+def load(path: Path) -> Delf:
+    """The network of a weight file, in fp32 and evaluation mode.
+
+    Raises ModelError when the tensors do not fit the specification.
+    """
+    spec, tensors, _ = read(path)
+    network = Delf(spec)
+    try:
+        missing, unexpected = network.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"{path} holds tensors of another shape than its specification says.") from error
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in unexpected if not name.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        first = (missing + unexpected)[0]
+        raise ModelError(f"{path} does not hold the tensors that its specification says (first: {first}).")
+    return network.eval()
+
+
+def initial_trunk(path: Path) -> Trunk:
+    """A trunk to start training from: one of our weight files, or GluonCV's resnet50_v2 as .npz.
+
+    Raises ModelError for anything else.
+    """
+    if path.suffix == ".npz":
+        return _trunk_from_gluon(path)
+    spec, tensors, _ = read(path)
+    trunk = Trunk(spec.trunk)
+    own = {name.removeprefix("trunk."): t for name, t in tensors.items() if name.startswith("trunk.")}
+    trunk.load_state_dict(own, strict=False)
+    return trunk
+
+
+def _trunk_from_gluon(path: Path) -> Trunk:
+    """GluonCV names its layers by order of creation: in a unit three BatchNorms, three convolutions, then the
+    shortcut's convolution where there is one."""
+    spec = TrunkSpec(layout="v2")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not a readable .npz file ({error}).") from error
+    state: dict[str, Tensor] = {}
+
+    def batchnorm(target: str, source: str) -> None:
+        state[f"{target}.weight"] = arrays[f"{source}_gamma"]
+        state[f"{target}.bias"] = arrays[f"{source}_beta"]
+        state[f"{target}.running_mean"] = arrays[f"{source}_running_mean"]
+        state[f"{target}.running_var"] = arrays[f"{source}_running_var"]
+
+    try:
+        state["input_bn.running_mean"] = arrays["batchnorm0_running_mean"]
+        state["input_bn.running_var"] = arrays["batchnorm0_running_var"]
+        state["conv1.weight"] = arrays["conv0_weight"]
+        batchnorm("bn1", "batchnorm1")
+        for stage, units in enumerate(spec.units):
+            for unit in range(units):
+                target, source = f"stages.{stage}.{unit}", f"stage{stage + 1}"
+                first = 0 if unit == 0 else 4 + 3 * (unit - 1)
+                for index in range(3):
+                    batchnorm(f"{target}.bn{index + 1}", f"{source}_batchnorm{3 * unit + index}")
+                    state[f"{target}.conv{index + 1}.weight"] = arrays[f"{source}_conv{first + index}_weight"]
+                if unit == 0:
+                    state[f"{target}.downsample.weight"] = arrays[f"{source}_conv3_weight"]
+        batchnorm("final_bn", "stage4_batchnorm0")
+    except KeyError as error:
+        raise ModelError(f"{path} lacks {error}: it is not GluonCV's resnet50_v2.") from error
+    trunk = Trunk(spec)
+    trunk.load_state_dict(state, strict=False)
+    return trunk

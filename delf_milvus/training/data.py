@@ -1,0 +1,101 @@
+"""Labelled photos: class folders in, uint8 tensors out.
+
+A class is a folder of photos; its name is "<root's name>/<folder's name>", so that several roots can be trained on
+together. Photos are decoded once and kept in memory, shrunk: the sets that fit a workstation fit its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from delf_milvus.errors import InputError
+from delf_milvus.training.vision import datasets
+
+
+@dataclass(frozen=True)
+class LabelledPhotos:
+    """Paths and their class numbers, with the class names in order of the numbers."""
+
+    paths: list[Path]
+    labels: list[int]
+    classes: list[str]
+
+
+def labelled_photos(roots: Sequence[Path], exclude: Iterable[str] = ()) -> LabelledPhotos:
+    """Every photo in the class folders of `roots`, in a stable order, without the classes named in `exclude`.
+
+    Raises InputError for a root without class folders.
+    """
+    left_out = set(exclude)
+    paths: list[Path] = []
+    labels: list[int] = []
+    classes: list[str] = []
+    for root in roots:
+        try:
+            folder = datasets.ImageFolder(str(root))
+        except FileNotFoundError as error:
+            raise InputError(f"{root} has no folders of photos, one a class, to train on.") from error
+        for name in folder.classes:
+            if name in left_out:
+                continue
+            number = folder.class_to_idx[name]
+            own = [Path(path) for path, label in folder.samples if label == number]
+            paths += own
+            labels += [len(classes)] * len(own)
+            classes.append(f"{root.name}/{name}")
+    return LabelledPhotos(paths, labels, classes)
+
+
+def split(photos: LabelledPhotos, every: int) -> tuple[LabelledPhotos, LabelledPhotos]:
+    """(training, validation): each `every`-th photo validates."""
+    held = set(range(every - 1, len(photos.paths), every))
+
+    def part(keep: Callable[[int], bool]) -> LabelledPhotos:
+        chosen = [i for i in range(len(photos.paths)) if keep(i)]
+        return LabelledPhotos([photos.paths[i] for i in chosen], [photos.labels[i] for i in chosen], photos.classes)
+
+    return part(lambda i: i not in held), part(lambda i: i in held)
+
+
+def read_rgb(path: Path, longest: int | None = None, shortest: int | None = None) -> Tensor:
+    """A photo as uint8 (3, H, W), shrunk so that its longest or shortest side is at most so many pixels.
+
+    Raises InputError when it cannot be decoded.
+    """
+    bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if bgr is None:
+        raise InputError(f"{path} is not a readable photo.")
+    height, width = bgr.shape[:2]
+    factor = 1.0
+    if longest is not None:
+        factor = min(factor, longest / max(height, width))
+    if shortest is not None:
+        factor = min(factor, shortest / min(height, width))
+    if factor < 1:
+        size = (max(1, round(width * factor)), max(1, round(height * factor)))
+        bgr = cv2.resize(bgr, size, interpolation=cv2.INTER_AREA)
+    rgb = np.ascontiguousarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).transpose(2, 0, 1))
+    return torch.from_numpy(rgb)
+
+
+class PhotoDataset(Dataset[tuple[Tensor, int]]):
+    """Photos in memory, with the shortest side at most `shortest` pixels, each drawn through `transform`."""
+
+    def __init__(self, photos: LabelledPhotos, shortest: int, transform: Callable[[Tensor], Tensor]) -> None:
+        self.images = [read_rgb(path, shortest=shortest) for path in photos.paths]
+        self.labels = photos.labels
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), self.labels[index]
