@@ -6,20 +6,47 @@ a TOML file, the defaults here.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
 from delf_milvus.errors import UsageError
 
+DEFAULT_CONFIG = "delf_milvus.toml"
+
 Preset = Literal["fast", "standard", "paper"]
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """What a preset stands for.
+
+    longest_side: pixels that a larger photo is shrunk to. scales: the pyramid, relative to the shrunk photo.
+    stored_features, query_features: most features of a stored image and of a query.
+    """
+
+    longest_side: int
+    scales: tuple[float, ...]
+    stored_features: int
+    query_features: int
+
+
+PRESETS: dict[Preset, ExtractionPlan] = {
+    "fast": ExtractionPlan(640, (0.5, 1.0), 300, 500),
+    "standard": ExtractionPlan(640, (0.5, 0.7071, 1.0, 1.4142), 500, 500),
+    "paper": ExtractionPlan(1024, (0.25, 0.3536, 0.5, 0.7071, 1.0, 1.4142, 2.0), 1000, 1000),
+}
 
 
 class _Stage(BaseModel):
@@ -44,7 +71,27 @@ class ExtractSettings(_Stage):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Arithmetic of the network; auto is bf16 where the processor computes it natively."
     )
-    threads: int = Field(0, ge=0, description="Threads of the network; 0 leaves torch's own choice.")
+    selection: Literal["model", "attention", "norm"] = Field(
+        "model", description="How cells are scored; model is what the weight file says retrieves better."
+    )
+
+    @field_validator("scales")
+    @classmethod
+    def _sensible_scales(cls, scales: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if scales is not None and (not scales or len(scales) > 16 or not all(0.05 <= s <= 4 for s in scales)):
+            raise ValueError("give 1 to 16 scales between 0.05 and 4")
+        return scales
+
+    @property
+    def plan(self) -> ExtractionPlan:
+        """The preset with the fields that were set on their own."""
+        preset = PRESETS[self.preset]
+        return ExtractionPlan(
+            self.longest_side or preset.longest_side,
+            self.scales or preset.scales,
+            self.stored_features or preset.stored_features,
+            self.query_features or preset.query_features,
+        )
 
 
 class StoreSettings(_Stage):
@@ -97,19 +144,15 @@ class VerifySettings(_Stage):
 
 
 class Settings(BaseSettings):
-    """All settings. `Settings.load` reads every source; the constructor alone reads arguments and defaults only."""
+    """All settings. The constructor reads arguments and defaults alone; `load` reads every source."""
 
     model_config = SettingsConfigDict(
-        env_prefix="DELF_MILVUS_",
-        env_nested_delimiter="__",
-        env_file=".env",
-        extra="ignore",
-        frozen=True,
+        env_prefix="DELF_MILVUS_", env_nested_delimiter="__", env_file=".env", extra="forbid", frozen=True
     )
 
     uri: str = Field("delf_milvus.db", description="Path of an embedded database, or http(s)://host:port.")
     token: SecretStr = Field(SecretStr(""), description="Token, or user:password, of a server.")
-    collection: str = Field("delf", description="Name that the two collections start with.")
+    collection: str = Field("delf", description="Name that both collections start with.")
     model: str = Field("bundled", description='Weight file (.safetensors), or "bundled".')
     decode: DecodeSettings = DecodeSettings()
     extract: ExtractSettings = ExtractSettings()
@@ -117,3 +160,89 @@ class Settings(BaseSettings):
     ingest: IngestSettings = IngestSettings()
     search: SearchSettings = SearchSettings()
     verify: VerifySettings = VerifySettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments only: a program that embeds the package says what it means."""
+        return (init_settings,)
+
+
+@dataclass(frozen=True)
+class LoadedSettings:
+    """Settings, and where each value came from, by dotted name."""
+
+    settings: Settings
+    sources: dict[str, str]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(name, value, source) of every setting; secrets masked."""
+        values = _leaves(self.settings.model_dump())
+        return [(name, str(value), self.sources.get(name, "default")) for name, value in values.items()]
+
+
+def load(flags: dict[str, Any] | None = None, config: Path | None = None) -> LoadedSettings:
+    """Read every source: flags over environment over `.env` over the TOML file over defaults.
+
+    flags: nested values, `{"search": {"top": 5}}`; None values do not count.
+    config: TOML file; without one, `delf_milvus.toml` of the current folder is read where it exists.
+
+    Raises UsageError for an unknown setting, a value that does not fit, or a file that cannot be read.
+    """
+    if config is not None and not config.is_file():
+        raise UsageError(f"There is no settings file {config}; give --config the path of a TOML file.")
+    toml = config or Path(DEFAULT_CONFIG)
+    layers: list[tuple[str, dict[str, Any]]] = []
+    try:
+        if toml.is_file():
+            layers.append((str(toml), TomlConfigSettingsSource(Settings, toml)()))
+        # A project's .env holds other programs' variables too: only ours count.
+        dotenv = DotEnvSettingsSource(Settings)()
+        layers.append((".env", {name: value for name, value in dotenv.items() if name in Settings.model_fields}))
+        layers.append(("environment", EnvSettingsSource(Settings)()))
+    except (SettingsError, ValueError, OSError) as error:
+        raise UsageError(f"The settings cannot be read: {error}.") from error
+    layers.append(("flag", flags or {}))
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, values in layers:
+        for name, value in _leaves(values).items():
+            if value is not None:
+                _put(merged, name, value)
+                sources[name] = source
+    try:
+        return LoadedSettings(Settings(**merged), sources)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        source = next((s for n, s in sources.items() if n == name or n.startswith(name + ".")), None)
+        if source is None:
+            source = next((s for n, s in sources.items() if name.startswith(n + ".")), "default")
+        problem = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UsageError(f"Setting {name} (from {source}): {problem}.") from error
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+def _put(target: dict[str, Any], name: str, value: Any) -> None:
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        inner = target.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            inner = target[parent] = {}
+        target = inner
+    target[leaf] = value

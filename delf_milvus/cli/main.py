@@ -1,13 +1,74 @@
-"""The command line's root."""
+"""The command line's root: global options, the commands, and the one place where errors are told."""
 
 from __future__ import annotations
 
+import logging
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from delf_milvus.cli import train
+from delf_milvus.cli import config, ingest, manage, search, train
+from delf_milvus.cli.output import printable, say
+from delf_milvus.cli.state import State
+from delf_milvus.errors import DelfMilvusError
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Find the photos that show the same thing, with proof: DELF local features on Milvus.",
+    epilog=(
+        "Exit codes: 0 done, or a match; 1 no match, or some files failed; 2 usage; 3 database unreachable; "
+        "4 collection and model do not fit; 5 unreadable input."
+    ),
+)
+app.command("ingest")(ingest.ingest)
+app.command("search")(search.search)
+app.command("match")(search.match)
+for command in (manage.status, manage.list_images, manage.show, manage.delete):
+    app.command(command.__name__.removesuffix("_images"))(command)
+app.add_typer(config.app, name="config")
 app.add_typer(train.app, name="train")
 
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"delf-milvus {installed_version('delf-milvus')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    uri: Annotated[
+        str | None, typer.Option(help="Database: a path (embedded) or http(s)://host:port. Default: delf_milvus.db")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="Token, or user:password, of a server.")] = None,
+    collection: Annotated[str | None, typer.Option(help="Name of the collection. Default: delf")] = None,
+    model: Annotated[str | None, typer.Option(help="Weight file (.safetensors). Default: the bundled model")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no remarks on stderr.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log what happens to stderr.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    flags = {"uri": uri, "token": token, "collection": collection, "model": model}
+    context.obj = State({name: value for name, value in flags.items() if value is not None}, config, json, quiet, verbose)
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+
+
+def run() -> None:
+    """The console script: every foreseen error becomes one sentence and its exit code."""
+    try:
+        app()
+    except DelfMilvusError as error:
+        say(f"Error: {printable(error)}")
+        raise SystemExit(error.exit_code) from None
+
+
 if __name__ == "__main__":
-    app()
+    run()

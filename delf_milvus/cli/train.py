@@ -55,3 +55,63 @@ def finetune(
         seed=seed,
     )
     typer.echo(run(config, _say))
+
+
+@app.command()
+def attention(
+    data: Data,
+    out: Out,
+    init: Annotated[Path, typer.Option(help="Weight file of stage one (trunk.safetensors).")],
+    exclude: Exclude = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 12,
+    batch: Annotated[int, typer.Option(min=2)] = 32,
+    views: Annotated[int, typer.Option(min=1, help="Rescaled copies of each photo.")] = 3,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 0.001,
+    seed: int = 0,
+) -> None:
+    """Stage two: train the attention head on the frozen trunk.
+
+    Example: delf-milvus train attention --data photos/ --init runs/finetune/trunk.safetensors --out runs/attention
+    """
+    from delf_milvus.training.attention import AttentionConfig, train_attention
+
+    config = AttentionConfig(
+        data=tuple(data),
+        out=out,
+        init=init,
+        exclude=_names(exclude),
+        epochs=epochs,
+        batch=batch,
+        views=views,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    typer.echo(train_attention(config, _say))
+
+
+@app.command()
+def reduction(
+    data: Data,
+    out: Out,
+    init: Annotated[Path, typer.Option(help="Weight file of stage two (or one, with --selection norm).")],
+    exclude: Exclude = None,
+    selection: Annotated[str, typer.Option(help="attention or norm.")] = "attention",
+    dim: Annotated[int, typer.Option(min=2, max=1024)] = 40,
+) -> None:
+    """Fit the reduction on selected descriptors and export the finished model.
+
+    Example: delf-milvus train reduction --data photos/ --init runs/attention/attention.safetensors --out runs/model
+    """
+    from delf_milvus.training.reduction import ReductionConfig, fit_reduction
+
+    if selection not in ("attention", "norm"):
+        raise typer.BadParameter("selection is attention or norm")
+    config = ReductionConfig(
+        data=tuple(data),
+        out=out,
+        init=init,
+        exclude=_names(exclude),
+        selection="norm" if selection == "norm" else "attention",
+        dim=dim,
+    )
+    typer.echo(fit_reduction(config, _say))

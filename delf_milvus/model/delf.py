@@ -49,7 +49,8 @@ class AttentionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = torch.relu(self.bn(self.conv1(features)))
-        return nn.functional.softplus(self.conv2(hidden))
+        # In bf16 neighbouring cells would often get the same score, and their order would be chance.
+        return nn.functional.softplus(self.conv2(hidden).float())
 
 
 class Reduction(nn.Module):

@@ -147,7 +147,8 @@ class Trunk(nn.Module):
         self.final_bn = nn.BatchNorm2d(inputs, spec.epsilon) if preactivation else None
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.input_bn((pixels - self.mean) / self.std)
+        # Normalised in the dtype of the pixels: bf16 could not hold 255 levels around a mean.
+        x = self.input_bn((pixels - self.mean) / self.std).to(self.conv1.weight.dtype)
         x = self.pool(torch.relu(self.bn1(self.conv1(x))))
         raw = self.stages(x)
         if self.final_bn is None:

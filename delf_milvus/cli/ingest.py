@@ -1,0 +1,99 @@
+"""`delf-milvus ingest`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from delf_milvus.cli.output import data_json, data_line, printable, say, show_progress
+from delf_milvus.cli.state import state_of
+
+if TYPE_CHECKING:
+    from delf_milvus.ingestion.pipeline import IngestReport, Progress
+
+
+def ingest(
+    context: typer.Context,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders (searched recursively) or photos.")],
+    id_prefix: Annotated[str, typer.Option(help="Put before every image id.")] = "",
+    ids_from: Annotated[
+        Path | None, typer.Option(help="CSV or JSONL with path, id and metadata; only its photos are ingested.")
+    ] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove images of these folders that left the disk.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    on_error: Annotated[str | None, typer.Option(help="skip or stop, when a photo fails. Default: skip")] = None,
+    preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+) -> None:
+    """Store the photos of folders; what is stored already and unchanged is left alone.
+
+    Example: delf-milvus ingest photos/ --prune
+    """
+    state = state_of(context)
+    stages = {"ingest": {"on_error": on_error}, "extract": {"preset": preset}}
+    with state.open(create=not dry_run, **stages) as index, _Bar(show_progress(state.quiet)) as bar:
+        report = index.ingest(
+            paths, id_prefix=id_prefix, ids_from=ids_from, prune=prune, dry_run=dry_run, progress=bar.update
+        )
+    _tell(report, state.json, state.quiet, dry_run)
+    if report.interrupted:
+        say("Interrupted: what was stored stays; run the same command again to go on.")
+        raise typer.Exit(130)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def _tell(report: IngestReport, json: bool, quiet: bool, dry_run: bool) -> None:
+    for failure in report.failures:
+        say(f"failed: {printable(failure.path)}: {printable(failure.error)}")
+    if not quiet:
+        for image_id in report.sparse:
+            say(f"few features: {printable(image_id)} is stored, but has too few features to be found reliably")
+    if json:
+        data_json(report.to_dict())
+        return
+    would = "would be " if dry_run else ""
+    data_line(
+        f"{report.added} {would}added, {report.updated} {would}updated, {report.unchanged} unchanged, "
+        f"{report.removed} {would}removed, {report.failed} failed; "
+        f"{report.features} features in {report.seconds:.1f} s"
+    )
+
+
+class _Bar:
+    """A progress bar on stderr: photos done, failures so far, photos a second, time left."""
+
+    def __init__(self, visible: bool) -> None:
+        self._visible = visible
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> _Bar:
+        if self._visible:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[failed]}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("ingest", total=None, rate="", failed="")
+        return self
+
+    def update(self, progress: Progress) -> None:
+        if self._bar is not None:
+            rate = f"{progress.extracted / progress.seconds:.1f} photos/s" if progress.seconds > 0 else ""
+            failed = f"{progress.failed} failed" if progress.failed else ""
+            self._bar.update(self._task, completed=progress.done, total=progress.total, rate=rate, failed=failed)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,81 @@
+"""`delf-milvus status`, `list`, `show` and `delete`: no model is loaded for these."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from delf_milvus.cli.output import data_json, data_line, data_table, printable, say
+from delf_milvus.cli.state import state_of
+
+
+def status(context: typer.Context) -> None:
+    """Show the database, the collection, its index and its model.
+
+    Example: delf-milvus --uri photos.db status
+    """
+    state = state_of(context)
+    with state.open(any_model=True) as index:
+        values = index.status()
+    if state.json:
+        data_json(values)
+    else:
+        data_table(("what", "value"), values.items())
+
+
+def list_images(
+    context: typer.Context,
+    prefix: Annotated[str, typer.Option(help="Only ids that start so.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Images at most. Default: all")] = None,
+) -> None:
+    """List the stored images in order of their ids.
+
+    Example: delf-milvus list --prefix holidays/ --limit 20
+    """
+    state = state_of(context)
+    with state.open(any_model=True) as index:
+        records = index.list(prefix=prefix, limit=limit)
+    if state.json:
+        data_json({"images": [record.to_dict() for record in records]})
+    else:
+        data_table(
+            ("image", "width", "height", "features"),
+            ((r.image_id, r.width, r.height, r.feature_count) for r in records),
+        )
+
+
+def show(context: typer.Context, image_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """Show what is stored of one image.
+
+    Example: delf-milvus show holidays/tower.jpg
+    """
+    state = state_of(context)
+    with state.open(any_model=True) as index:
+        record = index.show(image_id)
+    if state.json:
+        data_json(record.to_dict())
+    else:
+        for name, value in record.to_dict().items():
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+            data_line(f"{name:14}{printable(text)}")
+
+
+def delete(context: typer.Context, image_ids: Annotated[list[str], typer.Argument(metavar="ID...")]) -> None:
+    """Delete images by their ids; exit code 5 when one of them is not stored.
+
+    Example: delf-milvus delete holidays/tower.jpg
+    """
+    state = state_of(context)
+    with state.open(any_model=True) as index:
+        deleted = index.delete(image_ids)
+    missing = [image_id for image_id in image_ids if image_id not in set(deleted)]
+    if state.json:
+        data_json({"deleted": deleted, "missing": missing})
+    else:
+        data_line(f"{len(deleted)} deleted")
+    for image_id in missing:
+        say(f"not stored: {printable(image_id)}")
+    if missing:
+        raise typer.Exit(5)

@@ -1,0 +1,56 @@
+"""How the command line speaks: data on stdout, everything else on stderr, errors in one sentence."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import typer
+
+
+def printable(text: object) -> str:
+    """Text on one line, without the control characters with which a file name could steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def data_json(value: Any) -> None:
+    """Print one JSON object on stdout."""
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def data_line(text: str = "") -> None:
+    """Print one line on stdout."""
+    typer.echo(text)
+
+
+def say(text: str) -> None:
+    """Print one line on stderr."""
+    typer.echo(text, err=True)
+
+
+def data_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table on stdout: numbers to the right, no lines around it, so that it pastes and cuts well."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    numeric = [all(_is_number(row[i]) for row in cells) and bool(cells) for i in range(len(header))]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    for line in [list(header), *cells]:
+        columns = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        typer.echo("  ".join(columns).rstrip())
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return cell in ("", "-")
+    return True
+
+
+def show_progress(quiet: bool) -> bool:
+    """Whether a moving progress bar helps: someone watches a terminal."""
+    return not quiet and sys.stderr.isatty()

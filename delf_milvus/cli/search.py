@@ -1,0 +1,111 @@
+"""`delf-milvus search` and `delf-milvus match`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from delf_milvus.cli.output import data_json, data_line, data_table, printable, say
+from delf_milvus.cli.state import state_of
+from delf_milvus.errors import UsageError
+
+
+def _box(text: str | None) -> tuple[float, float, float, float] | None:
+    if text is None:
+        return None
+    try:
+        x0, y0, x1, y1 = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--box takes four numbers, x0,y0,x1,y1 in pixels, not {text!r}.") from None
+    return x0, y0, x1, y1
+
+
+def search(
+    context: typer.Context,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The query photo.")],
+    top: Annotated[int | None, typer.Option(help="Answers at most. Default: 10")] = None,
+    box: Annotated[str | None, typer.Option(help="x0,y0,x1,y1: search for this part of the photo.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Images that are verified. Default: 100")] = None,
+    include_unverified: Annotated[
+        bool, typer.Option("--include-unverified", help="Show candidates without proof too, after the others.")
+    ] = False,
+    mode: Annotated[
+        str | None, typer.Option(help="full (match all descriptors) or hits (neighbours only). Default: full")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for match pictures, one an answer.")] = None,
+    preset: Annotated[str | None, typer.Option(help="The preset that the collection was made with.")] = None,
+) -> None:
+    """Find the images that show the same thing as a photo, with proof; exit code 1 when there is none.
+
+    Example: delf-milvus search query.jpg --top 5 --out matches/
+    """
+    state = state_of(context)
+    stages = {"search": {"top": top, "candidates": candidates, "mode": mode}, "extract": {"preset": preset}}
+    with state.open(**stages) as index:
+        result = index.search(image, box=_box(box), include_unverified=include_unverified)
+        pictures = index.draw_hits(image, result, out) if out is not None else []
+    if state.json:
+        data_json(result.to_dict())
+    elif not result.query_features:
+        data_line("no match: the photo has no features")
+    else:
+        if not result.matched:
+            data_line("no match")
+        if result.hits:
+            header = ("rank", "image", "inliers", "putatives", "confidence", "verified", "score")
+            data_table(
+                header,
+                (
+                    (
+                        hit.rank,
+                        hit.image_id,
+                        hit.inliers,
+                        hit.putatives,
+                        f"{hit.confidence:.4f}",
+                        "yes" if hit.verified else "no",
+                        f"{hit.score:.3f}",
+                    )
+                    for hit in result.hits
+                ),
+            )
+    if not state.quiet:
+        for picture in pictures:
+            say(f"picture: {printable(picture)}")
+        if state.verbose:
+            say("seconds: " + ", ".join(f"{step} {s:.3f}" for step, s in result.to_dict()["timings"].items()))
+    if not result.matched:
+        raise typer.Exit(1)
+
+
+def match(
+    context: typer.Context,
+    first: Annotated[Path, typer.Argument(metavar="A", help="The query photo.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The photo it is compared with.")],
+    out: Annotated[Path | None, typer.Option(help="Write a picture with the match lines.")] = None,
+    preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+) -> None:
+    """Compare two photos without a database; exit code 1 when nothing proves that they show the same thing.
+
+    Example: delf-milvus match a.jpg b.jpg --out pair.png
+    """
+    from delf_milvus.index import PhotoMatcher
+
+    state = state_of(context)
+    matcher = PhotoMatcher(state.load(extract={"preset": preset}).settings)
+    pair = matcher.match(first, second)
+    if out is not None:
+        matcher.draw(first, second, pair, out)
+    if state.json:
+        data_json(pair.to_dict())
+    else:
+        verdict = "match" if pair.matched else "no match"
+        data_line(f"{verdict}: {pair.inliers} inliers of {pair.putatives} putatives, confidence {pair.confidence:.4f}")
+        if pair.transform is not None:
+            (a, b, tx), (c, d, ty) = pair.transform
+            data_line(f"transform: x' = {a:.4f} x + {b:.4f} y + {tx:.2f}; y' = {c:.4f} x + {d:.4f} y + {ty:.2f}")
+    if out is not None and not state.quiet:
+        say(f"picture: {printable(out)}")
+    if not pair.matched:
+        raise typer.Exit(1)

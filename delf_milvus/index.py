@@ -1,0 +1,281 @@
+"""DelfIndex: a collection of photos that can be asked what shows the same thing as a photo.
+
+The only file in which model, store and retrieval meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from delf_milvus.errors import NotFoundError, UsageError
+from delf_milvus.imaging.decode import Source, decode, one_line, source_digest
+from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos, now
+from delf_milvus.ingestion.scan import read_listing, scan
+from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
+from delf_milvus.retrieval.search import Box, Candidate, SearchResult, Timings, answer
+from delf_milvus.settings import Settings
+from delf_milvus.store.feature_store import FeatureStore, ImageRecord
+
+if TYPE_CHECKING:
+    from pymilvus import MilvusClient
+
+
+class DelfIndex:
+    """Photos in Milvus, searchable by what they show.
+
+    Use `DelfIndex.open(uri)`, or hand in a client that you own: `DelfIndex(client=client, collection="products")`.
+    Searching is safe from several threads. A context manager; `close` releases what was opened here and never a
+    client that was handed in.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: MilvusClient | None = None,
+        collection: str | None = None,
+        model: str | Path | None = None,
+        settings: Settings | None = None,
+        create: bool = True,
+        any_model: bool = False,
+    ) -> None:
+        """Open the collection over `client`, or over the database that `settings.uri` names.
+
+        collection, model: override the settings. create: make the collection at the first write if it is absent.
+        any_model: accept a collection of any model; such an index can list, show and delete, but neither ingest nor
+        search.
+
+        Raises DatabaseError, CollectionError or ModelError.
+        """
+        settings = settings or Settings()
+        changes = {"collection": collection, "model": None if model is None else str(model)}
+        self.settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
+        self._matcher = PhotoMatcher(self.settings)
+        self._store = FeatureStore.open(
+            self.settings.uri,
+            self.settings.collection,
+            None if any_model else self._matcher.fingerprint,
+            self.settings.store,
+            token=self.settings.token.get_secret_value(),
+            client=client,
+            max_features=self.settings.extract.plan.stored_features,
+            create=create,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        uri: str | Path | None = None,
+        *,
+        collection: str | None = None,
+        token: str | None = None,
+        model: str | Path | None = None,
+        settings: Settings | None = None,
+        create: bool = True,
+        any_model: bool = False,
+    ) -> DelfIndex:
+        """Open the database at `uri`: a path (embedded) or http(s)://host:port; the rest as for the constructor."""
+        settings = settings or Settings()
+        changes: dict[str, Any] = {}
+        if uri is not None:
+            changes["uri"] = str(uri)
+        if token is not None:
+            changes["token"] = type(settings.token)(token)
+        return cls(
+            collection=collection,
+            model=model,
+            settings=settings.model_copy(update=changes),
+            create=create,
+            any_model=any_model,
+        )
+
+    def ingest(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        id_prefix: str = "",
+        ids_from: str | Path | None = None,
+        prune: bool = False,
+        dry_run: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> IngestReport:
+        """Store the photos of folders; an image's id is `id_prefix` and its POSIX path relative to its folder.
+
+        Stored photos with the same content and model are left alone. ids_from: a CSV or JSONL file with `path`,
+        optional `id` and metadata; only its photos are ingested. prune: remove images of these folders whose file is
+        gone. A photo that fails is listed in the report and stops nothing else.
+
+        Raises InputError for a path that does not exist, UsageError for two photos with one id, DatabaseError.
+        """
+        listing = None if ids_from is None else read_listing(Path(ids_from))
+        roots = [Path(path) for path in paths]
+        scanned = scan(
+            roots, id_prefix=id_prefix, follow_links=self.settings.ingest.follow_links, listing=listing
+        )
+        report = ingest_photos(
+            scanned,
+            self._store,
+            lambda: self._matcher.extractor,
+            self._matcher.fingerprint,
+            self.settings,
+            dry_run=dry_run,
+            progress=progress,
+        )
+        if prune and not report.interrupted:
+            missing = gone(self._store, scanned.roots, report.failures)
+            report.removed = len(missing) if dry_run else len(self._store.delete(missing))
+        if not dry_run:
+            self._store.ensure_index()
+        return report
+
+    def add(self, image: Source, image_id: str, metadata: Mapping[str, Any] | None = None, uri: str = "") -> int:
+        """Store one photo (path, bytes, PIL image or RGB uint8 array (H, W, 3)), replacing what has its id.
+
+        Returns the number of features stored. Raises ImageError when it cannot be decoded, DatabaseError.
+        """
+        if not image_id or len(image_id.encode()) > MAX_ID_BYTES:
+            raise UsageError(f"An image id has 1 to {MAX_ID_BYTES} bytes, not {len(image_id.encode())}.")
+        extractor = self._matcher.extractor
+        photo = self._matcher.decode(image, image_id)
+        features = extractor.extract(photo, extractor.plan.stored_features)
+        record = ImageRecord(
+            image_id=image_id,
+            uri=uri or (str(Path(image).absolute()) if isinstance(image, str | Path) else ""),
+            sha256=source_digest(image, self.settings.decode, image_id),
+            width=features.width,
+            height=features.height,
+            feature_count=len(features),
+            model=extractor.fingerprint.short,
+            ingested_at=now(),
+            root="",
+            metadata=dict(metadata or {}),
+        )
+        self._store.write([(record, features)])
+        return len(features)
+
+    def search(
+        self,
+        image: Source,
+        top_k: int | None = None,
+        *,
+        box: Box | None = None,
+        include_unverified: bool = False,
+    ) -> SearchResult:
+        """Find the stored images that show the same thing as a photo.
+
+        image: path, bytes, PIL image or RGB uint8 array (H, W, 3). top_k: answers at most, else the settings'.
+        box: x0, y0, x1, y1 in pixels, the part of the photo to search for.
+
+        Raises ImageError when the photo cannot be decoded, UsageError for a box outside of it, DatabaseError.
+        """
+        timings = Timings()
+        with timings.measure("decode"):
+            photo = self._matcher.decode(image)
+        with timings.measure("extract"):
+            features = self._matcher.query_features(photo, box)
+        search = self.settings.search
+        if top_k is not None:
+            if top_k < 1:
+                raise UsageError(f"The number of answers must be at least 1, not {top_k}.")
+            search = search.model_copy(update={"top": top_k})
+        hits = []
+        if len(features):
+            hits = answer(
+                features,
+                _StoreSource(self._store),
+                search,
+                self.settings.verify,
+                self._matcher.calibration,
+                timings,
+                query_box=box or (0.0, 0.0, float(features.width), float(features.height)),
+                include_unverified=include_unverified,
+            )
+        return SearchResult(
+            query=str(image) if isinstance(image, str | Path) else "",
+            model=self._matcher.fingerprint.short,
+            matched=any(hit.verified for hit in hits),
+            hits=hits,
+            timings=timings,
+            query_features=len(features),
+        )
+
+    def match(self, first: Source, second: Source) -> PairResult:
+        """Compare two photos; the database is not used. Raises ImageError."""
+        return self._matcher.match(first, second)
+
+    def draw_hits(self, image: Source, result: SearchResult, folder: str | Path) -> list[Path]:
+        """Write one match picture for each hit into `folder`; returns their paths.
+
+        A hit whose photo is no longer where it was ingested from gets no picture. Raises InputError for a folder
+        that cannot be written.
+        """
+        query = self._matcher.decode(image)
+        pictures = []
+        for hit in result.hits:
+            path = Path(hit.uri)
+            if not hit.uri or not path.is_file():
+                continue
+            out = Path(folder) / f"{hit.rank:03d}_{_file_name(hit.image_id)}.png"
+            verdict = "verified" if hit.verified else "not verified"
+            caption = f"{hit.image_id}: {hit.inliers} inliers, confidence {hit.confidence:.4f}, {verdict}"
+            draw_match(query, decode(path, self.settings.decode), hit.correspondence, hit.transform, caption, out)
+            pictures.append(out)
+        return pictures
+
+    def delete(self, image_ids: Sequence[str]) -> list[str]:
+        """Delete images; returns the ids that were there. Raises DatabaseError."""
+        return self._store.delete(image_ids)
+
+    def list(self, prefix: str = "", limit: int | None = None) -> list[ImageRecord]:
+        """The stored images whose id starts with `prefix`, in order of their ids."""
+        return list(self._store.list(prefix=prefix, limit=limit))
+
+    def show(self, image_id: str) -> ImageRecord:
+        """What is stored of one image; raises NotFoundError."""
+        record = self._store.records([image_id]).get(image_id)
+        if record is None:
+            raise NotFoundError(f"No image {one_line(image_id)} is stored; `delf-milvus list` shows the ids.")
+        return record
+
+    def status(self) -> dict[str, Any]:
+        """Database, collection, index and model, as plain values."""
+        return asdict(self._store.status())
+
+    def close(self) -> None:
+        """Release the database, unless its client was handed in."""
+        self._store.close()
+
+    def __enter__(self) -> DelfIndex:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _StoreSource:
+    """The store as the search sees it."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store = store
+
+    def neighbours(
+        self, descriptors: npt.NDArray[np.float32], k: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        return self._store.neighbours(descriptors, k)
+
+    def candidates(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Candidate]:
+        stored = self._store.stored(image_keys)
+        return {key: Candidate(record.image_id, record.uri, features) for key, (record, features) in stored.items()}
+
+
+def _file_name(image_id: str) -> str:
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in image_id)
+    return safe[-80:]

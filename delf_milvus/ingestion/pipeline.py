@@ -1,0 +1,269 @@
+"""From scanned photos to stored rows: read and decode in threads, extract here, write in a thread of its own.
+
+  - At most `queue` decoded photos wait for the network and at most two batches for the database, so memory stays
+    bounded whatever the folder's size.
+  - A photo with the stored content hash and the same model is not decoded at all.
+  - A photo that fails is listed and stops nothing else. A database that fails stops the run: what was written stays.
+  - Ctrl-C stops reading, writes what is extracted, and returns; running the same call again goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from delf_milvus.errors import InputError
+from delf_milvus.features import Features, Fingerprint
+from delf_milvus.imaging.decode import RgbImage, content_digest, decode, read_bytes
+from delf_milvus.ingestion.scan import Failure, Photo, Scan
+from delf_milvus.settings import Settings
+from delf_milvus.store.feature_store import FeatureStore, ImageRecord
+
+if TYPE_CHECKING:
+    from delf_milvus.model.extractor import Extractor
+
+SPARSE = 10
+"""Features below which an image can hardly be verified: such images are stored, and said."""
+
+_BATCH = 16
+
+
+@dataclass
+class IngestReport:
+    """What an ingest did; the fields of `--json`.
+
+    sparse: ids of images that are stored but have too few features to be found reliably.
+    interrupted: stopped by Ctrl-C before the end.
+    """
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    sparse: list[str] = field(default_factory=list)
+    features: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def failed(self) -> int:
+        """Number of photos that failed."""
+        return len(self.failures)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `--json`."""
+        return {
+            "added": self.added,
+            "updated": self.updated,
+            "unchanged": self.unchanged,
+            "removed": self.removed,
+            "failed": self.failed,
+            "failures": [asdict(failure) for failure in self.failures],
+            "sparse": self.sparse,
+            "features": self.features,
+            "seconds": round(self.seconds, 3),
+            "interrupted": self.interrupted,
+        }
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an ingest is."""
+
+    done: int
+    total: int
+    extracted: int
+    failed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A photo after reading: `pixels` is None when it is stored already, unchanged."""
+
+    photo: Photo
+    sha256: str
+    pixels: RgbImage | None
+    is_update: bool
+
+
+def ingest_photos(
+    scanned: Scan,
+    store: FeatureStore,
+    load_extractor: Callable[[], Extractor],
+    fingerprint: Fingerprint,
+    settings: Settings,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> IngestReport:
+    """Store the scanned photos; the report counts what happened to each.
+
+    load_extractor: called for the first photo that needs extraction; a run that changes nothing loads no network.
+
+    Raises DatabaseError when the database fails.
+    """
+    started = time.monotonic()
+    report = IngestReport(failures=list(scanned.failures))
+    known = store.records([photo.image_id for photo in scanned.photos])
+    stop_at_failure = settings.ingest.on_error == "stop"
+    if stop_at_failure and report.failures:
+        return report
+    extracted = 0
+    writer = _Writer(store)
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            seconds = time.monotonic() - started
+            progress(Progress(done, len(scanned.photos), extracted, report.failed, seconds))
+
+    with ThreadPoolExecutor(settings.ingest.decode_threads, "decode") as pool, writer:
+        prepared = _ahead(
+            pool,
+            [lambda photo=photo: _prepare(photo, known.get(photo.image_id), fingerprint, settings) for photo in scanned.photos],
+            settings.ingest.queue,
+        )
+        try:
+            tell(0)
+            for done, (photo, future) in enumerate(zip(scanned.photos, prepared, strict=True), 1):
+                try:
+                    item = future.result()
+                    if item.pixels is None:
+                        report.unchanged += 1
+                    else:
+                        if not dry_run:
+                            extractor = load_extractor()
+                            features = extractor.extract(item.pixels, extractor.plan.stored_features)
+                            writer.put(_record(item, features, fingerprint), features)
+                            report.features += len(features)
+                            if len(features) < SPARSE:
+                                report.sparse.append(photo.image_id)
+                        extracted += 1
+                        report.updated += item.is_update
+                        report.added += not item.is_update
+                except InputError as error:
+                    report.failures.append(Failure(str(photo.path), str(error)))
+                    if stop_at_failure:
+                        break
+                tell(done)
+        except KeyboardInterrupt:
+            report.interrupted = True
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def gone(store: FeatureStore, roots: list[Path], failures: list[Failure]) -> list[str]:
+    """Ids of the stored images of these roots whose file has left the disk.
+
+    What lies under a folder that could not be read is not gone: nobody looked.
+    """
+    unread = [Path(failure.path) for failure in failures]
+    missing = []
+    for root in roots:
+        for record in store.list(root=str(root)):
+            path = Path(record.uri)
+            if not os.path.lexists(path) and not any(folder in path.parents for folder in unread):
+                missing.append(record.image_id)
+    return missing
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, tasks: list[Callable[[], _Prepared]], window: int
+) -> Iterator[Future[_Prepared]]:
+    """The futures of the tasks, in order, with at most `window` of them submitted and not yet taken."""
+    waiting: deque[Future[_Prepared]] = deque()
+    for task in tasks:
+        waiting.append(pool.submit(task))
+        if len(waiting) >= window:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _prepare(photo: Photo, stored: ImageRecord | None, fingerprint: Fingerprint, settings: Settings) -> _Prepared:
+    data = read_bytes(photo.path, settings.decode)
+    sha256 = content_digest(data)
+    if stored is not None:
+        same = stored.sha256 == sha256 and stored.model == fingerprint.short
+        if same and (not photo.metadata or dict(photo.metadata) == dict(stored.metadata)):
+            return _Prepared(photo, sha256, None, True)
+        elsewhere = Path(stored.uri)
+        if not same and stored.root != str(photo.root) and elsewhere != photo.path and elsewhere.is_file():
+            raise InputError(
+                f"{photo.path.name}: the id {photo.image_id} belongs to another photo, {elsewhere}; "
+                "give this folder an --id-prefix of its own."
+            )
+    return _Prepared(photo, sha256, decode(data, settings.decode, str(photo.path)), stored is not None)
+
+
+def _record(item: _Prepared, features: Features, fingerprint: Fingerprint) -> ImageRecord:
+    return ImageRecord(
+        image_id=item.photo.image_id,
+        uri=str(item.photo.path),
+        sha256=item.sha256,
+        width=features.width,
+        height=features.height,
+        feature_count=len(features),
+        model=fingerprint.short,
+        ingested_at=now(),
+        root=str(item.photo.root),
+        metadata=dict(item.photo.metadata),
+    )
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601 with seconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class _Writer:
+    """Writes batches in a thread of its own; an error there surfaces at the next `put` and at the end."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store = store
+        self._queue: queue.Queue[list[tuple[ImageRecord, Features]] | None] = queue.Queue(maxsize=2)
+        self._batch: list[tuple[ImageRecord, Features]] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="write", daemon=True)
+
+    def __enter__(self) -> _Writer:
+        self._thread.start()
+        return self
+
+    def put(self, record: ImageRecord, features: Features) -> None:
+        """Hand over one image; blocks while the database is behind."""
+        if self._error is not None:
+            raise self._error
+        self._batch.append((record, features))
+        if len(self._batch) >= _BATCH:
+            self._queue.put(self._batch)
+            self._batch = []
+
+    def _run(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._store.write(batch)
+                except BaseException as error:  # noqa: BLE001 - carried over to the thread that asked for it
+                    self._error = error
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._batch:
+            self._queue.put(self._batch)
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None and kind is None:
+            raise self._error

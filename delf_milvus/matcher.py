@@ -1,0 +1,141 @@
+"""Photos without a database: extraction, and the comparison of two photos."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from delf_milvus.features import Features, Fingerprint
+from delf_milvus.imaging.decode import RgbImage, Source, decode
+from delf_milvus.imaging.draw import match_picture, save_picture
+from delf_milvus.retrieval.confidence import Calibration, evidence
+from delf_milvus.retrieval.matching import match
+from delf_milvus.retrieval.search import Box, Correspondence, Transform, correspondence, keypoints, region
+from delf_milvus.retrieval.verification import verify_many
+from delf_milvus.settings import Settings
+
+if TYPE_CHECKING:
+    from delf_milvus.model.extractor import Extractor
+
+
+@dataclass(frozen=True, eq=False)
+class PairResult:
+    """What two photos have in common.
+
+    matched: the evidence passes the bar. inliers, putatives, confidence, transform, box: as of a search's hit, with
+    the first photo as the query; confidence is the share of unrelated pairs with less evidence.
+    """
+
+    matched: bool
+    inliers: int
+    putatives: int
+    confidence: float
+    transform: Transform | None
+    box: Box | None
+    seconds: float
+    correspondence: Correspondence = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `--json`."""
+        names = ("matched", "inliers", "putatives", "confidence", "transform")
+        return {name: getattr(self, name) for name in names} | {
+            "box": None if self.box is None else list(self.box),
+            "seconds": round(self.seconds, 6),
+        }
+
+
+class PhotoMatcher:
+    """A model, its calibration and the settings of extraction and verification; safe to use from several threads.
+
+    The network is loaded on first use.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._extractor: Extractor | None = None
+        self._calibration: Calibration | None = None
+
+    @property
+    def extractor(self) -> Extractor:
+        """The extractor; raises ModelError when the weight file cannot be used."""
+        with self._lock:
+            if self._extractor is None:
+                from delf_milvus.model.extractor import Extractor
+
+                self._extractor = Extractor(self.settings.model, self.settings.extract)
+            return self._extractor
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration that comes with the model."""
+        if self._calibration is None:
+            self._calibration = Calibration.bundled()
+        return self._calibration
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What identifies the features that this matcher extracts."""
+        return self.extractor.fingerprint
+
+    def decode(self, source: Source, name: str | None = None) -> RgbImage:
+        """A photo as (H, W, 3) uint8 RGB; raises ImageError."""
+        return decode(source, self.settings.decode, name)
+
+    def query_features(self, photo: RgbImage, box: Box | None = None) -> Features:
+        """The features of a query photo, or of the part of it inside `box`."""
+        return self.extractor.extract(photo, self.extractor.plan.query_features, box)
+
+    def match(self, first: Source, second: Source) -> PairResult:
+        """Compare two photos; raises ImageError when one of them cannot be decoded."""
+        started = time.perf_counter()
+        photos = [self.decode(source) for source in (first, second)]
+        query, image = (self.query_features(photo) for photo in photos)
+        verify = self.settings.verify
+        matches = match(query.descriptors, image.descriptors, verify.similarity)
+        (verification,) = verify_many(
+            keypoints(query),
+            [keypoints(image)],
+            [matches],
+            residual=verify.residual,
+            min_inliers=verify.min_inliers,
+        )
+        confidence = float(self.calibration.pair_confidence(evidence([matches], [verification]))[0])
+        inliers = correspondence(query, image, matches, verification)
+        return PairResult(
+            matched=verification.inliers > 0 and confidence >= 1 - verify.max_false_alarm,
+            inliers=verification.inliers,
+            putatives=len(matches.query),
+            confidence=confidence,
+            transform=None if verification.transform is None else verification.transform.tolist(),
+            box=region((0, 0, query.width, query.height), image, verification, inliers),
+            seconds=time.perf_counter() - started,
+            correspondence=inliers,
+        )
+
+    def draw(self, first: Source, second: Source, pair: PairResult, out: Path) -> None:
+        """Write a picture of a pair with its inliers; raises UsageError for an unknown suffix."""
+        verdict = "match" if pair.matched else "no match"
+        caption = f"{verdict}: {pair.inliers} inliers of {pair.putatives}, confidence {pair.confidence:.4f}"
+        draw_match(self.decode(first), self.decode(second), pair.correspondence, pair.transform, caption, out)
+
+
+def draw_match(
+    query: RgbImage,
+    image: RgbImage,
+    inliers: Correspondence,
+    transform: Transform | None,
+    caption: str,
+    out: Path,
+) -> None:
+    """Write a match picture."""
+    matrix = None if transform is None else np.array(transform)
+    picture = match_picture(
+        query, image, inliers.query_points, inliers.image_points, inliers.residuals, matrix, caption
+    )
+    save_picture(out, picture)

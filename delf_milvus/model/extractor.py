@@ -1,0 +1,126 @@
+"""From a photo to its local features: pyramid, network, selection, reduction.
+
+A cell (row, column) of the map at pyramid scale s is a keypoint at pixel (stride * column / s, stride * row / s) of
+the photo. Cells of all scales compete by their score alone; ties go to the earlier scale, then row by row, so that
+the same photo always gives the same features.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from delf_milvus.errors import ModelError, UsageError
+from delf_milvus.features import Features, Fingerprint
+from delf_milvus.model import weights
+from delf_milvus.model.delf import Selection
+from delf_milvus.model.runtime import prepare, resolve_dtype
+from delf_milvus.settings import ExtractSettings
+
+RgbImage = npt.NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+
+
+class Extractor:
+    """Extracts features with one weight file and one set of settings; safe to use from several threads.
+
+    Raises ModelError when the weight file is missing, damaged, or lacks what the settings ask for.
+    """
+
+    def __init__(self, model: str | Path | None, settings: ExtractSettings, device: torch.device | None = None) -> None:
+        path = weights.resolve(model)
+        network = weights.load(path)
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = resolve_dtype(settings.precision, self.device)
+        self.plan = settings.plan
+        self.selection: Selection = network.spec.selection if settings.selection == "model" else settings.selection
+        if self.selection == "attention" and network.attention is None:
+            raise ModelError(f"{path} has no attention head; use selection = norm with it.")
+        self._stride = network.spec.trunk.stride
+        self.fingerprint = Fingerprint(
+            weights=weights.file_digest(path),
+            selection=self.selection,
+            dim=network.spec.dim,
+            longest_side=self.plan.longest_side,
+            scales=self.plan.scales,
+            stride=self._stride,
+        )
+        self._network = prepare(network, self.device, self.dtype)
+
+    def extract(self, photo: RgbImage, count: int, box: Box | None = None) -> Features:
+        """The `count` best features of a photo, (H, W, 3) uint8 RGB, or of the part of it inside `box`.
+
+        box: x0, y0, x1, y1 in pixels. It is cut out before the pyramid, so that the whole budget of features goes to
+        it; locations stay in pixels of the whole photo. Levels with a side shorter than one cell are left out, so a
+        photo smaller than a cell has no features.
+
+        Raises UsageError for a box that leaves nothing of the photo.
+        """
+        height, width = photo.shape[:2]
+        x0, y0, x1, y1 = _clipped(box, width, height)
+        region = photo[y0:y1, x0:x1]
+        plan = self.plan
+        shrink = min(1.0, plan.longest_side / max(region.shape[:2]))
+        with torch.inference_mode():
+            levels = [
+                level
+                for scale in plan.scales
+                if (level := self._level(region, scale * shrink)) is not None  # fmt: skip
+            ]
+            if not levels:
+                return _no_features(self.fingerprint.dim, width, height)
+            scores = torch.cat([level[0] for level in levels])
+            order = torch.sort(scores, descending=True, stable=True).indices[:count]
+            maps = torch.cat([level[1] for level in levels])[order]
+            descriptors = self._network.reduction(maps).cpu().numpy()
+            attention = scores[order].cpu().numpy()
+        rows = order.cpu().numpy()
+        locations = np.concatenate([level[2] for level in levels])[rows]
+        scales = np.concatenate([level[3] for level in levels])[rows]
+        locations += np.array([x0, y0], np.float32)
+        return Features(locations, scales, attention, descriptors, width, height)
+
+    def _level(
+        self, region: RgbImage, scale: float
+    ) -> tuple[Tensor, Tensor, npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
+        """Scores (n,), maps (n, C), locations (n, 2) and scales (n,) of one pyramid level; None if it is too small."""
+        height, width = (round(side * scale) for side in region.shape[:2])
+        if min(height, width) < self._stride:
+            return None
+        if (height, width) != region.shape[:2]:
+            method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+            region = cv2.resize(region, (width, height), interpolation=method).astype(np.uint8, copy=False)
+        pixels = torch.from_numpy(np.ascontiguousarray(region)).to(self.device)
+        # (H, W, 3) seen as (1, 3, H, W) is channels last already.
+        features, scores = self._network(pixels.permute(2, 0, 1)[None].float(), self.selection)
+        rows, columns = features.shape[2:]
+        grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
+        locations = (grid * (self._stride / scale)).astype(np.float32)
+        return (
+            scores.reshape(-1),
+            features[0].permute(1, 2, 0).reshape(rows * columns, -1),
+            locations,
+            np.full(rows * columns, 1 / scale, np.float32),
+        )
+
+
+def _clipped(box: Box | None, width: int, height: int) -> tuple[int, int, int, int]:
+    if box is None:
+        return 0, 0, width, height
+    if not np.isfinite(box).all():
+        raise UsageError("A box is four finite numbers: x0,y0,x1,y1.")
+    x0, y0 = max(0, int(np.floor(box[0]))), max(0, int(np.floor(box[1])))
+    x1, y1 = min(width, int(np.ceil(box[2]))), min(height, int(np.ceil(box[3])))
+    if x0 >= x1 or y0 >= y1:
+        raise UsageError(f"The box leaves nothing of the photo: it must overlap 0,0,{width},{height} with x0<x1, y0<y1.")
+    return x0, y0, x1, y1
+
+
+def _no_features(dim: int, width: int, height: int) -> Features:
+    empty = np.zeros(0, np.float32)
+    return Features(np.zeros((0, 2), np.float32), empty, empty, np.zeros((0, dim), np.float32), width, height)

@@ -1,0 +1,78 @@
+"""How the network runs: BatchNorm folded, channels last, bf16 where the processor computes it natively.
+
+`prepare` returns a network that computes the same function as the one it is given; the given one is not changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from delf_milvus.model.delf import Delf
+from delf_milvus.model.trunk import Bottleneck, PreactivationBottleneck
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are faster than in fp32 on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if not capabilities.startswith("AVX512"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of the network's arithmetic for a `precision` setting."""
+    if precision == "fp32" or (precision == "auto" and not has_native_bf16(device)):
+        return torch.float32
+    return torch.bfloat16
+
+
+def prepare(network: Delf, device: torch.device, dtype: torch.dtype) -> Delf:
+    """A copy of `network` for inference: folded, channels last, convolutions in `dtype`, the rest in fp32."""
+    network = copy.deepcopy(network).eval()
+    for module in list(network.modules()):
+        _fold(module)
+    network = network.to(device, memory_format=torch.channels_last)
+    for module in network.modules():
+        # Convolutions alone change dtype: they are the cost, and they tolerate it.
+        if isinstance(module, nn.Conv2d):
+            module.to(dtype)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    return network
+
+
+def _fuse(parent: nn.Module, convolution: str, batchnorm: str) -> None:
+    conv, norm = getattr(parent, convolution), getattr(parent, batchnorm)
+    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+        setattr(parent, convolution, fuse_conv_bn_eval(conv, norm))
+        setattr(parent, batchnorm, nn.Identity())
+
+
+def _fold(module: nn.Module) -> None:
+    """Fold every BatchNorm that directly follows a convolution; the others (pre-activation) stay."""
+    if isinstance(module, Bottleneck):
+        for index in ("1", "2", "3"):
+            _fuse(module, "conv" + index, "bn" + index)
+        if module.downsample is not None:
+            module.downsample = nn.Sequential(fuse_conv_bn_eval(module.downsample[0], module.downsample[1]))
+    elif isinstance(module, PreactivationBottleneck):
+        _fuse(module, "conv1", "bn2")
+        _fuse(module, "conv2", "bn3")
+    elif isinstance(module, Delf):
+        _fuse(module.trunk, "conv1", "bn1")
+        if module.attention is not None:
+            _fuse(module.attention, "conv1", "bn")

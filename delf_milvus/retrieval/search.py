@@ -1,0 +1,267 @@
+"""The search of one query photo: vote, fetch, match, verify, rank, judge.
+
+The database is behind two calls (`Source`), so that the same search runs over Milvus, over arrays in memory and over
+whatever a test needs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from delf_milvus.features import Features
+from delf_milvus.retrieval.confidence import Calibration, evidence
+from delf_milvus.retrieval.matching import Matches, match_many
+from delf_milvus.retrieval.ranking import combined_scores
+from delf_milvus.retrieval.verification import Keypoints, Verification, matched_box, verify_many
+from delf_milvus.retrieval.voting import vote
+from delf_milvus.settings import SearchSettings, VerifySettings
+
+Box = tuple[float, float, float, float]
+Transform = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the search needs of a stored image."""
+
+    image_id: str
+    uri: str
+    features: Features
+
+
+class Source(Protocol):
+    """Where neighbours and candidates come from."""
+
+    def neighbours(
+        self, descriptors: npt.NDArray[np.float32], k: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Feature keys (Q, k), -1 where there are fewer, and similarities (Q, k), falling along a row."""
+
+    def candidates(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Candidate]:
+        """The stored images of these keys; an image that is not there is left out."""
+
+
+@dataclass
+class Timings:
+    """Seconds spent in each step of a search."""
+
+    decode: float = 0.0
+    extract: float = 0.0
+    neighbours: float = 0.0
+    vote: float = 0.0
+    geometry: float = 0.0
+    match: float = 0.0
+    verify: float = 0.0
+    total: float = 0.0
+
+    @contextmanager
+    def measure(self, step: str) -> Iterator[None]:
+        """Add the time of the block to `step` and to the total."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            setattr(self, step, getattr(self, step) + seconds)
+            self.total += seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Correspondence:
+    """The inliers of a verified match, for drawing and for geometry.
+
+    query_points, image_points: (N, 2) float32 pixels. residuals: (N,) float32 pixels of the image.
+    """
+
+    query_points: npt.NDArray[np.float32]
+    image_points: npt.NDArray[np.float32]
+    residuals: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Hit:
+    """One answer.
+
+    verified: the evidence passes the bar. inliers: matches that one affine transform explains, counted by place;
+    putatives: matches before geometry. confidence: share of queries without a match in the collection whose best
+    answer has less evidence. score: what orders the hits. transform: query pixels to image pixels,
+    [[a, b, tx], [c, d, ty]]. box: x0, y0, x1, y1 of the matched region in the image.
+    """
+
+    rank: int
+    image_id: str
+    uri: str
+    verified: bool
+    inliers: int
+    putatives: int
+    confidence: float
+    score: float
+    transform: Transform | None
+    box: Box | None
+    correspondence: Correspondence = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `--json`."""
+        names = ("rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "score")
+        return {name: getattr(self, name) for name in names} | {
+            "transform": self.transform,
+            "box": None if self.box is None else list(self.box),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """The answer to one query: the verified hits in falling score, or none.
+
+    query: what was searched for. model: fingerprint of the model, shortened. matched: whether any hit is verified.
+    query_features: how many features the query had.
+    """
+
+    query: str
+    model: str
+    matched: bool
+    hits: list[Hit]
+    timings: Timings
+    query_features: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `--json`."""
+        return {
+            "query": self.query,
+            "model": self.model,
+            "matched": self.matched,
+            "query_features": self.query_features,
+            "hits": [hit.to_dict() for hit in self.hits],
+            "timings": {name: round(seconds, 6) for name, seconds in asdict(self.timings).items()},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """Every candidate of one search, in falling score; arrays of the same length N."""
+
+    candidates: list[Candidate]
+    verifications: list[Verification]
+    matches: list[Matches]
+    scores: npt.NDArray[np.float64]
+    evidence: npt.NDArray[np.float64]
+
+
+def judge_candidates(
+    query: Features, source: Source, search: SearchSettings, verify: VerifySettings, timings: Timings
+) -> Judgement:
+    """Find, match and verify the candidates of a query."""
+    with timings.measure("neighbours"):
+        keys, similarities = source.neighbours(query.descriptors, search.neighbours)
+    with timings.measure("vote"):
+        votes = vote(keys, similarities)
+    with timings.measure("geometry"):
+        images = votes.images[: search.candidates]
+        stored = source.candidates(images)
+        # A feature without its image row is what a crash left: that image does not exist.
+        rows = [row for row, image in enumerate(images.tolist()) if image in stored]
+        candidates = [stored[int(images[row])] for row in rows]
+    with timings.measure("match"):
+        if search.mode == "full":
+            matches = match_many(query.descriptors, [c.features.descriptors for c in candidates], verify.similarity)
+        else:
+            matches = [votes.hits(row, verify.similarity) for row in rows]
+            matches = [_existing(m, c) for m, c in zip(matches, candidates, strict=True)]
+    with timings.measure("verify"):
+        verifications = verify_many(
+            keypoints(query),
+            [keypoints(c.features) for c in candidates],
+            matches,
+            residual=verify.residual,
+            min_inliers=verify.min_inliers,
+        )
+        inliers = np.array([v.inliers for v in verifications], np.int64)
+        scores = combined_scores(votes.scores[rows], inliers, search.inlier_weight)
+        order = np.argsort(-scores, kind="stable")
+        weighed = evidence(matches, verifications)
+    return Judgement(
+        [candidates[i] for i in order],
+        [verifications[i] for i in order],
+        [matches[i] for i in order],
+        scores[order],
+        weighed[order],
+    )
+
+
+def answer(
+    query: Features,
+    source: Source,
+    search: SearchSettings,
+    verify: VerifySettings,
+    calibration: Calibration,
+    timings: Timings,
+    *,
+    query_box: Box,
+    include_unverified: bool = False,
+) -> list[Hit]:
+    """The hits of a query, verified ones first by score; with `include_unverified` the rest after them.
+
+    query_box: the part of the query photo that was searched for, x0, y0, x1, y1.
+    """
+    judged = judge_candidates(query, source, search, verify, timings)
+    confidence = calibration.confidence(judged.evidence)
+    verified = (confidence >= 1 - verify.max_false_alarm) & np.array([v.inliers > 0 for v in judged.verifications], bool)
+    order = [i for i in range(len(verified)) if verified[i]]
+    if include_unverified:
+        order += [i for i in range(len(verified)) if not verified[i]]
+    hits = []
+    for rank, i in enumerate(order[: search.top], 1):
+        candidate, verification = judged.candidates[i], judged.verifications[i]
+        transform = verification.transform
+        inliers = correspondence(query, candidate.features, judged.matches[i], verification)
+        hits.append(
+            Hit(
+                rank,
+                candidate.image_id,
+                candidate.uri,
+                bool(verified[i]),
+                verification.inliers,
+                len(judged.matches[i].query),
+                float(confidence[i]),
+                float(judged.scores[i]),
+                None if transform is None else transform.tolist(),
+                region(query_box, candidate.features, verification, inliers),
+                inliers,
+            )
+        )
+    return hits
+
+
+def keypoints(features: Features) -> Keypoints:
+    """What verification needs of a photo's features."""
+    return Keypoints(features.locations, features.scales, (features.width, features.height))
+
+
+def correspondence(query: Features, image: Features, matches: Matches, verification: Verification) -> Correspondence:
+    """The inliers of a verified pair."""
+    mask = verification.mask
+    return Correspondence(
+        query.locations[matches.query[mask]],
+        image.locations[matches.candidate[mask]],
+        verification.residuals[mask],
+    )
+
+
+def region(query_box: Box, image: Features, verification: Verification, inliers: Correspondence) -> Box | None:
+    """The matched region of the image; None without a transform."""
+    if verification.transform is None:
+        return None
+    return matched_box(verification.transform, query_box, (image.width, image.height), inliers.image_points)
+
+
+def _existing(matches: Matches, candidate: Candidate) -> Matches:
+    """Without hits on features that the image's row does not know: what a crashed update may leave."""
+    known = matches.candidate < len(candidate.features)
+    return Matches(matches.query[known], matches.candidate[known], matches.similarity[known])

@@ -1,0 +1,356 @@
+"""Geometric proof: the one transform between two photos that most putative matches agree on.
+
+DELF keypoints carry a scale, so each match alone proposes a scale and a translation. Every proposal is scored against
+every match with one matrix product; the best are refined by least squares, first as similarities, then as affine
+transforms, each time on the matches that the last fit explains (local optimisation). Photos that are rotated against
+each other get the same treatment over a circle of angles, from fewer matches. There is no random sampling, and nothing
+depends on other pairs: the same bytes on every run, in any order, on any number of threads.
+
+Lengths are compared in pixels of a photo with a longest side of 640, `FRAME`, whatever the size of the real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from delf_milvus.retrieval.matching import Matches, single_blas_thread
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+ComplexArray = npt.NDArray[np.complex128]
+IntArray = npt.NDArray[np.intp]
+BoolArray = npt.NDArray[np.bool_]
+Box = tuple[float, float, float, float]
+
+FRAME = 640.0
+"""Longest side, in pixels, of the frame in which lengths are compared."""
+
+PLACE = 8.0
+"""Keypoints closer than about this (pixels of the frame) are one place: windows of several pyramid scales around it."""
+
+PROPOSALS = 192
+"""Matches, the most similar ones, that propose an upright transform."""
+
+ROTATED_PROPOSALS = 48
+"""Matches that propose a transform at each of `ANGLES`."""
+
+ANGLES = np.exp(2j * np.pi / 16 * np.arange(1, 16))
+"""Steps of 22.5 degrees: half a step off, the matches within 130 pixels of the proposing one still agree with it."""
+
+PAIRED=56
+PAIRS=np.stack(np.tril_indices(PAIRED,-1))
+APART=40.
+TOL=2.
+SKIP=.5
+CANDIDATES = 4
+"""Proposals, upright and rotated each, that are refined."""
+
+SIMILARITY_FITS = 2
+AFFINE_FITS = 3
+
+MAX_SCALE = 16.0
+"""Largest change of scale between the two frames, either way."""
+
+MAX_SHEAR = 0.6
+"""Largest |b| / |a| of an affine transform a q + b conj(q) + t: one direction is stretched 4 times as much as another,
+as on a surface seen at 75 degrees. Above 1 the transform would mirror."""
+
+PRIOR = 1000.0
+"""Strength (squared pixels of the frame) with which a similarity holds an affine transform that few matches define."""
+
+OUTSIDE = 4.0
+"""Photo sizes from the origin beyond which a point is an error rather than a keypoint at the border."""
+
+MIN_WIDTH = 4.0
+"""Standard deviation (pixels of the frame) across the inliers below which they lie on a line, or at a point."""
+
+GRID = 8
+"""Cells a side into which the query photo is divided to see how far the inliers spread."""
+
+SCALE_AGREEMENT = 0.75
+"""Octaves between a match's change of scale and the transform's: pyramids step by half an octave."""
+
+
+class Keypoints(NamedTuple):
+    """Where the features of a photo lie.
+
+    points: (N, 2) float32, x then y, pixels. scales: (N,) float32, positive. size: (width, height) in pixels.
+    """
+
+    points: Float32Array
+    scales: Float32Array
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """What geometry says about one pair of photos.
+
+    inliers: number of distinct places that agree, counted in the photo that has fewer of them: features of several
+        scales around one spot count once.
+    mask: (M,) bool, the matches that agree with the transform.
+    transform: (2, 3) float64, from pixels of the query to pixels of the image; None if there is no proof.
+    residuals: (M,) float32, distance of each match from the transform, in pixels of the image; zeros without one.
+    cells: cells of an 8 x 8 grid over the query photo in which inliers lie.
+    scale_agreement: share of the inliers whose own change of scale is the transform's, to within 0.75 octaves.
+    """
+
+    inliers: int
+    mask: BoolArray
+    transform: Float64Array | None
+    residuals: Float32Array
+    cells: int
+    scale_agreement: float
+
+
+def verify(
+    query_points: Float32Array,
+    query_scales: Float32Array,
+    image_points: Float32Array,
+    image_scales: Float32Array,
+    *,
+    query_size: tuple[int, int],
+    image_size: tuple[int, int],
+    residual: float,
+    min_inliers: int,
+) -> Verification:
+    """Find the affine transform from query to image that the most matches agree on.
+
+    query_points, image_points: (M, 2), pixels; query_scales, image_scales: (M,), positive; row i of each is match i.
+        Matches come in falling similarity, for the first ones propose.
+    query_size, image_size: (width, height) in pixels.
+    residual: most distance of an inlier, in pixels of an image with a longest side of 640.
+    min_inliers: places that must agree before the transform may be affine; with fewer it stays a similarity, because
+        an affine transform through so few proves nothing.
+    There are no inliers with fewer than three matches, or if those that agree lie at one point or on one line.
+    Raises ValueError for shapes that differ, values that are not finite, scales or sizes that are not positive.
+    """
+    with single_blas_thread():
+        return _verify(
+            Keypoints(query_points, query_scales, query_size),
+            Keypoints(image_points, image_scales, image_size),
+            residual,
+            min_inliers,
+        )
+
+
+def verify_many(
+    query: Keypoints, images: Sequence[Keypoints], matches: Sequence[Matches], *, residual: float, min_inliers: int
+) -> list[Verification]:
+    """`verify` of one query with each image: the same bytes, quicker.
+
+    matches[i] belongs to images[i]; the arguments are as in `verify`, and so are the errors.
+    """
+    with single_blas_thread():
+        return [
+            _verify(
+                Keypoints(query.points[rows], query.scales[rows], query.size),
+                Keypoints(image.points[columns], image.scales[columns], image.size),
+                residual,
+                min_inliers,
+            )
+            for image, (rows, columns, _) in zip(images, matches, strict=True)
+        ]
+
+
+def matched_box(
+    transform: Float64Array | None, query_box: Box, image_size: tuple[int, int], inlier_points: Float32Array
+) -> Box:
+    """The box (x0, y0, x1, y1), in pixels of the image, of the region that shows what the query shows.
+
+    It bounds the part of the transformed outline of `query_box` that lies in the image; without a transform, or if no
+    part does, it bounds the inliers.
+
+    transform: (2, 3), from query to image, or None. query_box: (x0, y0, x1, y1), pixels of the query.
+    image_size: (width, height). inlier_points: (N, 2), pixels of the image.
+    Raises ValueError if there is neither such a part nor an inlier.
+    """
+    right, bottom = image_size[0] - 1, image_size[1] - 1
+    if transform is not None:
+        x0, y0, x1, y1 = query_box
+        outline = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]) @ transform[:, :2].T + transform[:, 2]
+        image = np.array([(0, 0), (right, 0), (right, bottom), (0, bottom)], np.float32)
+        area, region = cv2.intersectConvexConvex(outline.astype(np.float32), image)
+        if area > 0 and region is not None:
+            inlier_points = region.reshape(-1, 2)
+    if len(inlier_points) == 0:
+        raise ValueError("no region: the transform leaves the image, and there are no inliers")
+    low = np.clip(inlier_points.min(axis=0), 0, (right, bottom))
+    high = np.clip(inlier_points.max(axis=0), 0, (right, bottom))
+    return float(low[0]), float(low[1]), float(high[0]), float(high[1])
+
+
+def _verify(query: Keypoints, image: Keypoints, residual: float, min_inliers: int) -> Verification:
+    query_zoom, image_zoom = _checked(query), _checked(image)
+    count = len(query.points)
+    if count != len(image.points):
+        raise ValueError(f"a match has two ends, not {count} in the query and {len(image.points)} in the image")
+    if not residual > 0:
+        raise ValueError(f"the residual must be positive, not {residual}")
+    if count < 3:
+        return _nothing(count)
+
+    # Points of the frame as complex numbers: a similarity is a q + t, any affine transform a q + b conj(q) + t.
+    q, x = _complex(query.points) * query_zoom, _complex(image.points) * image_zoom
+    ratio = (image.scales * (image_zoom / query_zoom)) / query.scales
+    query_place, image_place = _place(q), _place(x)
+    _, pair, repeats = np.unique(query_place + 1j * image_place, return_inverse=True, return_counts=True)
+    weight = 1 / repeats[pair]
+    q_mean, x_mean = q.mean(), x.mean()
+    q, x = q - q_mean, x - x_mean
+
+    start = _propose(q, x, np.clip(ratio, 1 / MAX_SCALE, MAX_SCALE), weight, residual)
+    found = _refine(start, q, x, weight, residual, min_inliers)
+    if found is None:
+        return _nothing(count)
+    a, b, t = found
+    distance = np.abs(a * q + b * q.conj() + t - x)
+    mask = distance <= residual
+
+    linear = np.array([[a.real + b.real, b.imag - a.imag], [a.imag + b.imag, a.real - b.real]])
+    shift = t + x_mean - a * q_mean - b * q_mean.conjugate()
+    transform = np.column_stack([linear * query_zoom, (shift.real, shift.imag)]) / image_zoom
+    places = min(len(np.unique(query_place[mask])), len(np.unique(image_place[mask])))
+    cell = np.clip(query.points[mask] * (GRID / np.array(query.size)), 0, GRID - 1).astype(np.intp)
+    octaves = np.log2(ratio[mask]) - np.log2(abs(a) ** 2 - abs(b) ** 2) / 2
+    return Verification(
+        inliers=places,
+        mask=mask,
+        transform=transform,
+        residuals=(distance / image_zoom).astype(np.float32),
+        cells=len(np.unique(cell[:, 0] * GRID + cell[:, 1])),
+        scale_agreement=float(np.mean(np.abs(octaves) <= SCALE_AGREEMENT)),
+    )
+
+
+def _checked(keypoints: Keypoints) -> float:
+    """Pixels of the frame in one pixel of the photo."""
+    points, scales, size = keypoints
+    if points.shape != (len(scales), 2) or scales.ndim != 1:
+        raise ValueError(f"points must be of shape (M, 2) and scales (M,), not {points.shape} and {scales.shape}")
+    if not min(size) > 0:
+        raise ValueError(f"a photo has at least one pixel, not {size[0]} x {size[1]}")
+    if not (np.isfinite(points).all() and np.isfinite(scales).all()):
+        raise ValueError("points and scales must be finite")
+    if len(scales) and not scales.min() > 0:
+        raise ValueError("scales must be positive")
+    if len(points) and np.abs(points).max() > OUTSIDE * max(size):
+        raise ValueError(f"points must lie in their photo of {size[0]} x {size[1]}")
+    return FRAME / max(size)
+
+
+def _nothing(count: int) -> Verification:
+    return Verification(0, np.zeros(count, np.bool_), None, np.zeros(count, np.float32), 0, 0.0)
+
+
+def _complex(points: npt.NDArray[np.floating]) -> ComplexArray:
+    return np.ascontiguousarray(points, np.float64).view(np.complex128)[:, 0]
+
+
+def _place(points: ComplexArray) -> Float64Array:
+    """One number for each place. Rounding, not flooring: cells of the pyramid lie at multiples of the place's size."""
+    return np.rint(points.real / PLACE) * 2**20 + np.rint(points.imag / PLACE)
+
+
+def _propose(
+    q: ComplexArray, x: ComplexArray, ratio: Float64Array, weight: Float64Array, residual: float
+) -> ComplexArray:
+    """(B, 3), rows (a, b = 0, t): the similarities that are worth refining."""
+    qx = q * x.conj()
+    terms = np.stack([_square(q), np.ones(len(q)), _square(x), q.real, q.imag, qx.real, qx.imag, x.real, x.imag])
+    terms = (terms / -(residual**2)).astype(np.float32)
+    weight = weight.astype(np.float32)
+
+    def best(a: ComplexArray, t: ComplexArray, anchor: IntArray) -> tuple[ComplexArray, float]:
+        # |a q + t - x|^2 - residual^2 is linear in what depends on the match, so that one product gives the agreement
+        # of every proposal with every match: 1 for a perfect one, 0 at the residual.
+        ta = t.conj() * a
+        factors = [_square(a), _square(t) - residual**2, np.ones(len(a)), 2 * ta.real, -2 * ta.imag]
+        factors += [-2 * a.real, 2 * a.imag, -2 * t.real, -2 * t.imag]
+        agreement = np.stack(factors, axis=1).astype(np.float32) @ terms
+        np.maximum(agreement, 0, out=agreement)
+        score = agreement @ weight
+        top = float(score.max())
+        chosen = []
+        for _ in range(CANDIDATES):
+            i = int(score.argmax())
+            if score[i] < 0:
+                break
+            chosen.append(i)
+            score[i] = -1
+            score[agreement[i, anchor] > 0] = -1  # what it explains proposes much the same
+        return np.stack([a[chosen], np.zeros(len(chosen)), t[chosen]], axis=1), top
+
+    anchor = np.arange(min(len(q), PROPOSALS))
+    a = ratio[anchor].astype(np.complex128)
+    start, score = best(a, x[anchor] - a * q[anchor], anchor)
+    if score < weight.sum() * SKIP:
+        count = min(len(q), PAIRED)
+        i, j = PAIRS[:, : count * (count - 1) // 2]
+        dq, dx = q[j] - q[i], x[j] - x[i]
+        lq, lx = _square(dq), _square(dx)
+        expected = ratio[i] * ratio[j] * lq
+        keep = (np.minimum(lq, lx) >= APART**2) & (lx >= expected / TOL**2) & (lx <= expected * TOL**2)
+        i, j, dq, dx = i[keep], j[keep], dq[keep], dx[keep]
+        if len(i):
+            a = dx / dq
+            t = (x[i] + x[j] - a * (q[i] + q[j])) / 2
+            paired, _ = best(a, t, i)
+            start = np.concatenate([start, paired])
+    return start
+
+
+def _refine(
+    transforms: ComplexArray, q: ComplexArray, x: ComplexArray, weight: Float64Array, residual: float, min_inliers: int
+) -> ComplexArray | None:
+    """The best of the transforms (B, 3), rows (a, b, t), and of what least squares makes of them, or None.
+
+    Best is the largest sum of 1 - (distance / residual)^2 over the inliers: like their number, but precise fits win.
+    """
+    design = np.stack([q, q.conj(), np.ones(len(q))])
+    monomials = np.stack([design[2], q, x, _square(q), q * q, x * q.conj(), x * q, _square(x), x * x], axis=1)
+    monomials = (weight[:, None] * monomials).view(np.float64)
+    best, best_score = transforms, np.zeros(len(transforms))
+    fits = SIMILARITY_FITS + AFFINE_FITS
+    for fit in range(fits + 1):
+        agreement = 1 - _square(transforms @ design - x) / residual**2
+        inlier = (agreement >= 0).astype(np.float64)
+        moments = (inlier @ monomials).view(np.complex128).T
+        n = np.maximum(moments[0].real, 1)
+        q1, x1, qq, q2, xq, qx, xx, x2 = moments[1:] / n
+        qq, q2 = qq.real - _square(q1), q2 - q1 * q1
+        xx, x2 = xx.real - _square(x1), x2 - x1 * x1
+        # Half of each difference is the smaller eigenvalue of the covariance: the variance across the inliers.
+        across = np.minimum(qq - np.abs(q2), xx - np.abs(x2)) / 2
+        score = np.where(across >= MIN_WIDTH**2, np.maximum(agreement, 0) @ weight, 0)
+        better = score > best_score
+        best, best_score = np.where(better[:, None], transforms, best), np.where(better, score, best_score)
+        if fit == fits:
+            break
+
+        xq, qx, scatter = xq - x1 * q1.conj(), qx - x1 * q1, np.maximum(qq, 1e-9)
+        a, b = xq / scatter, np.zeros(len(n), np.complex128)
+        if fit >= SIMILARITY_FITS:
+            held = scatter + PRIOR / n
+            determinant = scatter * held - _square(q2)
+            affine_a = (xq * held - qx * q2.conj()) / determinant
+            affine_b = (qx * scatter - xq * q2) / determinant
+            sane = (n >= min_inliers) & (np.abs(affine_b) <= MAX_SHEAR * np.abs(affine_a))
+            a, b = np.where(sane, affine_a, a), np.where(sane, affine_b, b)
+        fitted = np.stack([a, b, x1 - a * q1 - b * q1.conj()], axis=1)
+        size = np.abs(a)
+        possible = (size >= 1 / MAX_SCALE) & (size <= MAX_SCALE)
+        transforms = np.where(possible[:, None], fitted, transforms)
+
+    winner = int(best_score.argmax())
+    return best[winner] if best_score[winner] > 0 else None
+
+
+def _square(z: ComplexArray) -> Float64Array:
+    return z.real**2 + z.imag**2

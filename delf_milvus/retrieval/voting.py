@@ -1,0 +1,119 @@
+"""Which images the neighbours of a query's descriptors speak for.
+
+Soft votes: a hit weighs as much as it is more similar than the query feature's last neighbour, for that one is where
+the crowd of unrelated descriptors begins. Of each (query feature, image) only the best hit counts, divided by the
+square root of the number of hits that this query feature has in this image, so that repeated structure (windows,
+foliage) does not outvote distinctive detail. An image's score is the sum over the query's features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from delf_milvus.features import ORDINAL_BITS
+from delf_milvus.retrieval.matching import Matches
+
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, eq=False)
+class Votes:
+    """Images in falling score (ties: by key), and the best hit of each (query feature, image).
+
+    images: (I,) int64, image keys. scores: (I,) float64, never negative.
+    query, ordinal: (H,) intp, the query's feature and the image's feature of a hit; similarity: (H,) float32.
+        The hits of image i are rows offsets[i] to offsets[i + 1], in rising `query`.
+    offsets: (I + 1,) intp.
+    """
+
+    images: Int64Array
+    scores: Float64Array
+    query: IntArray
+    ordinal: IntArray
+    similarity: Float32Array
+    offsets: IntArray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def hits(self, rank: int, threshold: float = -1.0) -> Matches:
+        """The hits in the image of this rank (0 is the best) as putative matches: each of its features at most once.
+
+        A feature of the image that several query features hit goes to the most similar one (ties: the lower index).
+        threshold: least cosine similarity.
+        """
+        rows = slice(self.offsets[rank], self.offsets[rank + 1])
+        query, ordinal, similarity = self.query[rows], self.ordinal[rows], self.similarity[rows]
+        order = np.argsort(-similarity, kind="stable")
+        order = order[similarity[order] >= threshold]
+        order = order[np.sort(np.unique(ordinal[order], return_index=True)[1])]
+        return Matches(query[order], ordinal[order], similarity[order])
+
+
+def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
+    """Score images by the neighbours of Q query descriptors.
+
+    keys: (Q, K) int64, `image_key << ORDINAL_BITS | ordinal` of each neighbour, -1 where there is none.
+    similarities: (Q, K) float32, cosine; ignored where the key is -1. Neighbours may come in any order.
+    A neighbour that is listed twice for one query feature counts once. A query feature with a single neighbour has no
+    crowd to compare with and adds nothing; if all are so (K = 1), the similarity itself is the weight.
+    Raises ValueError if the shapes differ or a similarity that counts is not finite.
+    """
+    if keys.ndim != 2 or keys.shape != similarities.shape:
+        raise ValueError(f"keys {keys.shape} and similarities {similarities.shape} must have one shape (Q, K)")
+    valid = keys >= 0
+    if not np.isfinite(similarities[valid]).all():
+        raise ValueError("similarities must be finite")
+    if not valid.any():
+        none = np.empty(0, np.intp)
+        return Votes(np.empty(0, np.int64), np.empty(0), none, none, np.empty(0, np.float32), np.zeros(1, np.intp))
+
+    if (valid.sum(axis=1) > 1).any():
+        background = np.where(valid, similarities, np.inf).min(axis=1)
+    else:
+        background = np.zeros(len(keys))
+
+    # Sorted by key, a query feature's hits in one image are neighbours of each other, and so are repeated keys.
+    # Equal keys may come in any order, for nothing below depends on it: the quick sort, not the stable one.
+    order = np.argsort(keys, axis=1)
+    valid = np.take_along_axis(valid, order, axis=1)
+    key = np.take_along_axis(keys, order, axis=1)[valid]
+    similarity = np.take_along_axis(similarities, order, axis=1)[valid]
+    query = np.nonzero(valid)[0]
+    image = key >> ORDINAL_BITS
+    new_query = np.diff(query, prepend=-1) != 0
+    new_key = new_query | (np.diff(key, prepend=-1) != 0)
+    new_image = new_query | (np.diff(image, prepend=-1) != 0)
+    starts = np.flatnonzero(new_image)
+
+    best = np.maximum.reduceat(similarity, starts)
+    hits = np.add.reduceat(new_key.astype(np.intp), starts)
+    group = np.cumsum(new_image) - 1
+    is_best = np.flatnonzero(similarity == best[group])
+    row = is_best[np.diff(group[is_best], prepend=-1) != 0]  # the first of equal ones: the lower ordinal
+    query, image, ordinal = query[starts], image[starts], key[row] & ((1 << ORDINAL_BITS) - 1)
+    weight = np.maximum(best.astype(np.float64) - background[query], 0) / np.sqrt(hits)
+
+    images, inverse = np.unique(image, return_inverse=True)
+    scores = np.bincount(inverse, weights=weight)
+    ranking = np.argsort(-scores, kind="stable")
+    rank = np.empty_like(ranking)
+    rank[ranking] = np.arange(len(ranking))
+    rank_of_hit = rank[inverse]
+    by_rank = np.argsort(rank_of_hit, kind="stable")
+    offsets = np.zeros(len(images) + 1, np.intp)
+    np.cumsum(np.bincount(rank_of_hit), out=offsets[1:])
+    return Votes(
+        images[ranking],
+        scores[ranking],
+        query[by_rank],
+        ordinal[by_rank].astype(np.intp),
+        best[by_rank].astype(np.float32, copy=False),
+        offsets,
+    )

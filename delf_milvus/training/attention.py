@@ -1,0 +1,194 @@
+"""Stage two: train the attention head on the frozen trunk (paper, section 4.2).
+
+Photos are rescaled at random, their frozen feature maps are computed once and kept on disk, and the head learns to
+weight cells so that the weighted mean of the L2-normalised features classifies the photo.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from delf_milvus.model import weights
+from delf_milvus.model.delf import AttentionHead, Delf
+from delf_milvus.model.runtime import prepare, resolve_dtype
+from delf_milvus.training.data import LabelledPhotos, labelled_photos, read_rgb, split
+from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How to train attention.
+
+    init: weight file whose trunk is used. longest: pixels of a photo's longest side before rescaling.
+    views: randomly rescaled copies of each photo; scales: range of the rescaling, drawn uniformly in its logarithm.
+    """
+
+    data: tuple[Path, ...]
+    out: Path
+    init: Path
+    exclude: tuple[str, ...] = ()
+    epochs: int = 12
+    batch: int = 32
+    longest: int = 480
+    views: int = 3
+    scales: tuple[float, float] = (0.4, 1.25)
+    hidden: int = 512
+    learning_rate: float = 0.001
+    weight_decay: float = 1e-4
+    validate_every: int = 12
+    seed: int = 0
+
+
+class AttentionPooling(nn.Module):
+    """The head, and a classifier on the attention-weighted mean of L2-normalised features.
+
+    Takes cells (N, P, C) and their mask (N, P), returns logits (N, classes).
+    """
+
+    def __init__(self, channels: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.head = AttentionHead(channels, hidden)
+        self.classifier = nn.Linear(channels, classes)
+
+    def forward(self, cells: Tensor, mask: Tensor) -> Tensor:
+        # Only real cells reach the head's BatchNorm: padding would shift its statistics.
+        real = cells[mask]
+        scores = torch.zeros(mask.shape, device=cells.device)
+        scores[mask] = self.head(real[:, :, None, None]).reshape(-1).float()
+        normalised = nn.functional.normalize(cells.float(), dim=2)
+        pooled = (normalised * scores[..., None]).sum(1) / scores.sum(1, keepdim=True).clamp_min(1e-6)
+        # A pooled unit vector has entries near 1 / sqrt(C): scaled so that the classifier's rate fits.
+        return self.classifier(pooled * math.sqrt(cells.shape[2]))
+
+
+def train_attention(config: AttentionConfig, say: Say = print) -> Path:
+    """Train the head; returns a weight file with trunk and attention (no reduction yet).
+
+    Raises InputError for data that cannot be read and ModelError for a weight file that does not fit.
+    """
+    torch.manual_seed(config.seed)
+    experiment = Experiment(config.out, config)
+    photos = labelled_photos(config.data, config.exclude)
+    training, validation = split(photos, config.validate_every)
+    spec, tensors, _ = weights.read(config.init)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cache = _FeatureCache(config, training, config.views, config.out / "training.f16", tensors, say)
+    checks = _FeatureCache(config, validation, 1, config.out / "validation.f16", tensors, say)
+
+    pooling = AttentionPooling(spec.trunk.channels, config.hidden, len(photos.classes)).to(device)
+    optimizer = torch.optim.AdamW(pooling.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    steps_an_epoch = len(cache) // config.batch
+    steps = config.epochs * steps_an_epoch
+    step = first_epoch = 0
+    if (saved := experiment.load_checkpoint()) is not None:
+        state, progress = saved
+        pooling.load_state_dict(unprefixed("pooling", state))
+        restore_optimizer(optimizer, state)
+        step, first_epoch = progress["step"], progress["epoch"]
+    for epoch in range(first_epoch, config.epochs):
+        pooling.train()
+        started, total, right = time.monotonic(), 0.0, 0
+        shuffled = torch.randperm(len(cache), generator=torch.Generator().manual_seed(config.seed + epoch))
+        for start in range(0, steps_an_epoch * config.batch, config.batch):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            cells, mask, labels = cache.batch(shuffled[start : start + config.batch].tolist(), device)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                logits = pooling(cells, mask)
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            total += loss.item()
+            right += int((logits.argmax(1) == labels).sum())
+        accuracy = _accuracy(pooling, checks, config.batch, device)
+        seen = steps_an_epoch * config.batch
+        experiment.log(
+            stage="attention",
+            epoch=epoch + 1,
+            loss=round(total / steps_an_epoch, 4),
+            training_accuracy=round(right / seen, 4),
+            validation_accuracy=round(accuracy, 4),
+            photos_per_second=round(seen / (time.monotonic() - started), 1),
+        )
+        say(f"epoch {epoch + 1}: loss {total / steps_an_epoch:.3f}, validation accuracy {accuracy:.3f}")
+        experiment.save_checkpoint(
+            prefixed("pooling", pooling.state_dict()) | optimizer_tensors(optimizer), {"step": step, "epoch": epoch + 1}
+        )
+    trunk = {name: tensor for name, tensor in tensors.items() if name.startswith("trunk.")}
+    path = config.out / "attention.safetensors"
+    final = replace(spec, selection="attention", attention_channels=config.hidden)
+    weights.save(path, trunk | prefixed("attention", pooling.head.state_dict()), final)
+    return path
+
+
+class _FeatureCache:
+    """Frozen feature maps of rescaled photos, fp16, one flat file; resumes never: it is quick to make again."""
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        photos: LabelledPhotos,
+        views: int,
+        path: Path,
+        tensors: dict[str, Tensor],
+        say: Say,
+    ) -> None:
+        spec, _, _ = weights.read(config.init)
+        network = Delf(replace(spec, attention_channels=0))
+        network.load_state_dict({n: t for n, t in tensors.items() if n.startswith("trunk.")}, strict=False)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        trunk = prepare(network, device, resolve_dtype("auto", device)).trunk
+        self._channels = spec.trunk.channels
+        self._starts = [0]
+        self._labels: list[int] = []
+        generator = np.random.default_rng(config.seed)
+        low, high = np.log(config.scales)
+        with path.open("wb") as stream, torch.inference_mode():
+            for view in range(views):
+                for photo, label in zip(photos.paths, photos.labels, strict=True):
+                    scale = float(np.exp(generator.uniform(low, high)))
+                    pixels = read_rgb(photo, longest=config.longest)[None].float().to(device)
+                    size = [max(spec.trunk.stride, round(side * scale)) for side in pixels.shape[2:]]
+                    pixels = nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+                    _, features = trunk(pixels.contiguous(memory_format=torch.channels_last))
+                    cells = features[0].permute(1, 2, 0).reshape(-1, self._channels).half().cpu().numpy()
+                    cells.tofile(stream)
+                    self._starts.append(self._starts[-1] + len(cells))
+                    self._labels.append(label)
+                say(f"{path.name}: view {view + 1} of {views} computed")
+        self._cells = np.memmap(path, np.float16, "r", shape=(self._starts[-1], self._channels))
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def batch(self, items: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Cells (N, P, C), their mask (N, P) and labels (N,)."""
+        maps = [torch.from_numpy(np.array(self._cells[self._starts[i] : self._starts[i + 1]])) for i in items]
+        cells = pad_sequence(maps, batch_first=True).to(device).float()
+        lengths = torch.tensor([len(m) for m in maps])
+        mask = torch.arange(cells.shape[1])[None] < lengths[:, None]
+        return cells, mask.to(device), torch.tensor([self._labels[i] for i in items], device=device)
+
+
+@torch.inference_mode()
+def _accuracy(pooling: AttentionPooling, cache: _FeatureCache, batch: int, device: torch.device) -> float:
+    pooling.eval()
+    right = 0
+    for start in range(0, len(cache), batch):
+        cells, mask, labels = cache.batch(list(range(start, min(start + batch, len(cache)))), device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            right += int((pooling(cells, mask).argmax(1) == labels).sum())
+    return right / max(1, len(cache))
