@@ -1,1 +1,51 @@
-"""Find the photos that show the same thing, with proof: DELF local features on Milvus."""
+"""Find the photos that show the same thing, with proof: DELF local features on Milvus.
+
+The public names load on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from delf_milvus.errors import DelfMilvusError
+    from delf_milvus.features import Features
+    from delf_milvus.index import DelfIndex
+    from delf_milvus.ingestion.pipeline import IngestReport
+    from delf_milvus.matcher import PairResult, PhotoMatcher
+    from delf_milvus.retrieval.search import Hit, SearchResult
+    from delf_milvus.settings import Settings
+    from delf_milvus.store.feature_store import ImageRecord
+
+__all__ = [
+    "DelfIndex",
+    "DelfMilvusError",
+    "Features",
+    "Hit",
+    "ImageRecord",
+    "IngestReport",
+    "PairResult",
+    "PhotoMatcher",
+    "SearchResult",
+    "Settings",
+]
+
+_HOMES = {
+    "DelfIndex": "index",
+    "DelfMilvusError": "errors",
+    "Features": "features",
+    "Hit": "retrieval.search",
+    "ImageRecord": "store.feature_store",
+    "IngestReport": "ingestion.pipeline",
+    "PairResult": "matcher",
+    "PhotoMatcher": "matcher",
+    "SearchResult": "retrieval.search",
+    "Settings": "settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"delf_milvus.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from delf_milvus.errors import NotFoundError, UsageError
 from delf_milvus.imaging.decode import Source, decode, one_line, source_digest
 from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos, now
-from delf_milvus.ingestion.scan import read_listing, scan
+from delf_milvus.ingestion.scan import MAX_ID_BYTES, read_listing, scan
 from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
 from delf_milvus.retrieval.search import Box, Candidate, SearchResult, Timings, answer
 from delf_milvus.settings import Settings
@@ -115,9 +115,7 @@ class DelfIndex:
         """
         listing = None if ids_from is None else read_listing(Path(ids_from))
         roots = [Path(path) for path in paths]
-        scanned = scan(
-            roots, id_prefix=id_prefix, follow_links=self.settings.ingest.follow_links, listing=listing
-        )
+        scanned = scan(roots, id_prefix=id_prefix, follow_links=self.settings.ingest.follow_links, listing=listing)
         report = ingest_photos(
             scanned,
             self._store,

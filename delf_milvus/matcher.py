@@ -134,8 +134,13 @@ def draw_match(
     out: Path,
 ) -> None:
     """Write a match picture."""
-    matrix = None if transform is None else np.array(transform)
     picture = match_picture(
-        query, image, inliers.query_points, inliers.image_points, inliers.residuals, matrix, caption
+        query,
+        image,
+        inliers.query_points,
+        inliers.image_points,
+        residuals=inliers.residuals,
+        transform=None if transform is None else np.array(transform),
+        caption=caption,
     )
     save_picture(out, picture)

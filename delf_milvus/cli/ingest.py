@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from delf_milvus.cli.output import data_json, data_line, printable, say, show_progress
-from delf_milvus.cli.state import state_of
+from delf_milvus.cli.state import Stages, state_of
 
 if TYPE_CHECKING:
     from delf_milvus.ingestion.pipeline import IngestReport, Progress
@@ -31,8 +31,8 @@ def ingest(
     Example: delf-milvus ingest photos/ --prune
     """
     state = state_of(context)
-    stages = {"ingest": {"on_error": on_error}, "extract": {"preset": preset}}
-    with state.open(create=not dry_run, **stages) as index, _Bar(show_progress(state.quiet)) as bar:
+    stages: Stages = {"ingest": {"on_error": on_error}, "extract": {"preset": preset}}
+    with state.open(stages, create=not dry_run) as index, _Bar(show_progress(state.quiet)) as bar:
         report = index.ingest(
             paths, id_prefix=id_prefix, ids_from=ids_from, prune=prune, dry_run=dry_run, progress=bar.update
         )

@@ -57,7 +57,9 @@ def root(
     ] = False,
 ) -> None:
     flags = {"uri": uri, "token": token, "collection": collection, "model": model}
-    context.obj = State({name: value for name, value in flags.items() if value is not None}, config, json, quiet, verbose)
+    context.obj = State(
+        {name: value for name, value in flags.items() if value is not None}, config, json, quiet, verbose
+    )
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
 
 

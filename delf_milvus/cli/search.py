@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from delf_milvus.cli.output import data_json, data_line, data_table, printable, say
-from delf_milvus.cli.state import state_of
+from delf_milvus.cli.state import Stages, state_of
 from delf_milvus.errors import UsageError
 
 
@@ -42,8 +42,8 @@ def search(
     Example: delf-milvus search query.jpg --top 5 --out matches/
     """
     state = state_of(context)
-    stages = {"search": {"top": top, "candidates": candidates, "mode": mode}, "extract": {"preset": preset}}
-    with state.open(**stages) as index:
+    stages: Stages = {"search": {"top": top, "candidates": candidates, "mode": mode}, "extract": {"preset": preset}}
+    with state.open(stages) as index:
         result = index.search(image, box=_box(box), include_unverified=include_unverified)
         pictures = index.draw_hits(image, result, out) if out is not None else []
     if state.json:
@@ -90,10 +90,10 @@ def match(
 
     Example: delf-milvus match a.jpg b.jpg --out pair.png
     """
-    from delf_milvus.index import PhotoMatcher
+    from delf_milvus.matcher import PhotoMatcher
 
     state = state_of(context)
-    matcher = PhotoMatcher(state.load(extract={"preset": preset}).settings)
+    matcher = PhotoMatcher(state.load({"extract": {"preset": preset}}).settings)
     pair = matcher.match(first, second)
     if out is not None:
         matcher.draw(first, second, pair, out)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from delf_milvus.settings import LoadedSettings
 
 
+Stages = dict[str, dict[str, Any]]
+
+
 @dataclass
 class State:
     """The global options of one call."""
@@ -24,20 +27,20 @@ class State:
     quiet: bool = False
     verbose: bool = False
 
-    def load(self, **stages: dict[str, Any]) -> LoadedSettings:
-        """The settings of this call; `stages` are a command's own flags, `search={"top": 5}`."""
+    def load(self, stages: Stages | None = None) -> LoadedSettings:
+        """The settings of this call; `stages` are a command's own flags, {"search": {"top": 5}}."""
         from delf_milvus.settings import load
 
-        return load({**self.flags, **stages}, self.config)
+        return load({**self.flags, **(stages or {})}, self.config)
 
-    def open(self, *, create: bool = False, any_model: bool = False, **stages: dict[str, Any]) -> DelfIndex:
+    def open(self, stages: Stages | None = None, *, create: bool = False, any_model: bool = False) -> DelfIndex:
         """The index that the options name.
 
         create: whether the collection may be made. any_model: take the collection with whatever model made it.
         """
         from delf_milvus.index import DelfIndex
 
-        settings = self.load(**stages).settings
+        settings = self.load(stages).settings
         return DelfIndex.open(settings=settings, create=create, any_model=any_model)
 
 
@@ -46,5 +49,3 @@ def state_of(context: typer.Context) -> State:
     state = context.find_object(State)
     assert state is not None, "the root callback sets the state"
     return state
-
-

@@ -75,7 +75,7 @@ def match_picture(
     starts = _apply(left_view, query_points) + _GAP
     ends = _apply(right_view, image_points) + np.array([right_x, _GAP])
     shares, worst = _shares(residuals, len(starts))
-    if transform is not None:
+    if transform is not None and np.isfinite(transform).all():
         # A view, so that the outline ends where the panel does.
         around = _GAP - _OVERHANG
         panel = picture[around:-around, right_x - _OVERHANG : -around]
@@ -167,10 +167,10 @@ def _fixed(point: NDArray[np.float64]) -> tuple[int, int]:
 
 
 def _draw_outline(panel: RgbImage, corners: NDArray[np.float64]) -> None:
-    if not (np.abs(corners) < _FARTHEST).all():
+    if np.abs(corners).max() > _FARTHEST:
         return
     points = [_fixed(corner) for corner in corners]
-    for colour, thickness in ((_CASING, 5), (_PINK, 3)):
+    for colour, thickness in ((_CASING, 4), (_PINK, 2)):
         for start, end in zip(points, points[1:] + points[:1], strict=True):
             cv2.line(panel, start, end, colour, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
 
@@ -192,11 +192,12 @@ def _draw_matches(
         cv2.line(lines, _fixed(starts[row]), _fixed(ends[row]), colour, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
     opacity = float(np.clip(6 / np.sqrt(len(starts)), 0.3, 0.85))
     cv2.addWeighted(lines, opacity, picture, 1 - opacity, 0, dst=picture)
+    radius = 3 if len(starts) <= 150 else 2
     for row in worst_first:
         for point in (starts[row], ends[row]):
-            cv2.circle(picture, _fixed(point), 4 << _SUBPIXEL_BITS, _CASING, cv2.FILLED, cv2.LINE_AA, _SUBPIXEL_BITS)
-            colour = tuple(colours[row].tolist())
-            cv2.circle(picture, _fixed(point), 3 << _SUBPIXEL_BITS, colour, cv2.FILLED, cv2.LINE_AA, _SUBPIXEL_BITS)
+            for colour, grown in ((_CASING, radius + 1), (tuple(colours[row].tolist()), radius)):
+                shifted = grown << _SUBPIXEL_BITS
+                cv2.circle(picture, _fixed(point), shifted, colour, cv2.FILLED, cv2.LINE_AA, _SUBPIXEL_BITS)
 
 
 def _caption_strip(caption: str, width: int, worst: float | None) -> RgbImage:

@@ -1,10 +1,10 @@
 """From scanned photos to stored rows: read and decode in threads, extract here, write in a thread of its own.
 
-  - At most `queue` decoded photos wait for the network and at most two batches for the database, so memory stays
-    bounded whatever the folder's size.
-  - A photo with the stored content hash and the same model is not decoded at all.
-  - A photo that fails is listed and stops nothing else. A database that fails stops the run: what was written stays.
-  - Ctrl-C stops reading, writes what is extracted, and returns; running the same call again goes on from there.
+- At most `queue` decoded photos wait for the network and at most two batches for the database, so memory stays
+  bounded whatever the folder's size.
+- A photo with the stored content hash and the same model is not decoded at all.
+- A photo that fails is listed and stops nothing else. A database that fails stops the run: what was written stays.
+- Ctrl-C stops reading, writes what is extracted, and returns; running the same call again goes on from there.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from delf_milvus.errors import InputError
 from delf_milvus.features import Features, Fingerprint
@@ -132,7 +130,10 @@ def ingest_photos(
     with ThreadPoolExecutor(settings.ingest.decode_threads, "decode") as pool, writer:
         prepared = _ahead(
             pool,
-            [lambda photo=photo: _prepare(photo, known.get(photo.image_id), fingerprint, settings) for photo in scanned.photos],
+            [
+                lambda photo=photo: _prepare(photo, known.get(photo.image_id), fingerprint, settings)
+                for photo in scanned.photos
+            ],
             settings.ingest.queue,
         )
         try:
@@ -181,9 +182,7 @@ def gone(store: FeatureStore, roots: list[Path], failures: list[Failure]) -> lis
     return missing
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, tasks: list[Callable[[], _Prepared]], window: int
-) -> Iterator[Future[_Prepared]]:
+def _ahead(pool: ThreadPoolExecutor, tasks: list[Callable[[], _Prepared]], window: int) -> Iterator[Future[_Prepared]]:
     """The futures of the tasks, in order, with at most `window` of them submitted and not yet taken."""
     waiting: deque[Future[_Prepared]] = deque()
     for task in tasks:
@@ -257,7 +256,7 @@ class _Writer:
             if self._error is None:
                 try:
                     self._store.write(batch)
-                except BaseException as error:  # noqa: BLE001 - carried over to the thread that asked for it
+                except BaseException as error:  # carried over to the thread that asked for it
                     self._error = error
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -68,9 +68,7 @@ class Extractor:
         shrink = min(1.0, plan.longest_side / max(region.shape[:2]))
         with torch.inference_mode():
             levels = [
-                level
-                for scale in plan.scales
-                if (level := self._level(region, scale * shrink)) is not None  # fmt: skip
+                level for scale in plan.scales if (level := self._level(region, scale * shrink)) is not None
             ]
             if not levels:
                 return _no_features(self.fingerprint.dim, width, height)
@@ -117,7 +115,9 @@ def _clipped(box: Box | None, width: int, height: int) -> tuple[int, int, int, i
     x0, y0 = max(0, int(np.floor(box[0]))), max(0, int(np.floor(box[1])))
     x1, y1 = min(width, int(np.ceil(box[2]))), min(height, int(np.ceil(box[3])))
     if x0 >= x1 or y0 >= y1:
-        raise UsageError(f"The box leaves nothing of the photo: it must overlap 0,0,{width},{height} with x0<x1, y0<y1.")
+        raise UsageError(
+            f"The box leaves nothing of the photo: it must overlap 0,0,{width},{height} with x0<x1, y0<y1."
+        )
     return x0, y0, x1, y1
 
 

@@ -46,6 +46,14 @@ _users = 0
 _limiter: Any = None
 
 
+def _release_control() -> None:
+    """Let any thread set the limit: newer threadpoolctl ignores all but the one that set it first, and who leaves last
+    need not be who entered first."""
+    for library in _controller().lib_controllers:
+        if hasattr(library, "clear_controlling_thread"):
+            library.clear_controlling_thread(force=True)
+
+
 @contextmanager
 def single_blas_thread() -> Iterator[None]:
     """Limit BLAS to one thread while anybody is inside; may be nested and entered from several threads.
@@ -64,7 +72,9 @@ def single_blas_thread() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
+                _release_control()
                 _limiter.restore_original_limits()
+                _release_control()
 
 
 def match(query: Float32Array, candidate: Float32Array, threshold: float) -> Matches:

@@ -7,10 +7,10 @@ whatever a test needs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -212,7 +212,9 @@ def answer(
     """
     judged = judge_candidates(query, source, search, verify, timings)
     confidence = calibration.confidence(judged.evidence)
-    verified = (confidence >= 1 - verify.max_false_alarm) & np.array([v.inliers > 0 for v in judged.verifications], bool)
+    verified = (confidence >= 1 - verify.max_false_alarm) & np.array(
+        [v.inliers > 0 for v in judged.verifications], bool
+    )
     order = [i for i in range(len(verified)) if verified[i]]
     if include_unverified:
         order += [i for i in range(len(verified)) if not verified[i]]

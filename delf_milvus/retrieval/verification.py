@@ -1,10 +1,11 @@
 """Geometric proof: the one transform between two photos that most putative matches agree on.
 
-DELF keypoints carry a scale, so each match alone proposes a scale and a translation. Every proposal is scored against
-every match with one matrix product; the best are refined by least squares, first as similarities, then as affine
-transforms, each time on the matches that the last fit explains (local optimisation). Photos that are rotated against
-each other get the same treatment over a circle of angles, from fewer matches. There is no random sampling, and nothing
-depends on other pairs: the same bytes on every run, in any order, on any number of threads.
+DELF keypoints carry a scale, so each match alone proposes a scale and a translation; where photos are rotated against
+each other, two matches propose a rotation as well, and their scales sort out most of the pairs that cannot be right.
+Every proposal is scored against every match with one matrix product; the best are refined by least squares, first as
+similarities, then as affine transforms, each time on the matches that the last fit explains (local optimisation).
+There is no random sampling, and nothing depends on other pairs: the same bytes on every run, in any order, on any
+number of threads.
 
 Lengths are compared in pixels of a photo with a longest side of 640, `FRAME`, whatever the size of the real one.
 """
@@ -34,25 +35,24 @@ FRAME = 640.0
 PLACE = 8.0
 """Keypoints closer than about this (pixels of the frame) are one place: windows of several pyramid scales around it."""
 
-PROPOSALS = 192
-"""Matches, the most similar ones, that propose an upright transform."""
+SINGLES = 192
+"""Matches, the most similar ones, each of which proposes an upright transform."""
 
-ROTATED_PROPOSALS = 48
-"""Matches that propose a transform at each of `ANGLES`."""
+PAIRED = 56
+"""Matches, the most similar ones, of which every two propose a rotated transform."""
 
-ANGLES = np.exp(2j * np.pi / 16 * np.arange(1, 16))
-"""Steps of 22.5 degrees: half a step off, the matches within 130 pixels of the proposing one still agree with it."""
+MIN_DISTANCE = 40.0
+"""Distance (pixels of the frame, in both photos) of two matches below which a rotation through them is all noise."""
 
-PAIRED=56
-PAIRS=np.stack(np.tril_indices(PAIRED,-1))
-APART=40.
-TOL=2.
-SKIP=.5
-CANDIDATES = 4
-"""Proposals, upright and rotated each, that are refined."""
+PAIR_SCALE = 1.6
+"""Factor between the scale that two matches propose and the one their own scales do: a bit above half an octave, the
+step of the pyramid."""
 
-SIMILARITY_FITS = 2
-AFFINE_FITS = 3
+REFINED = 8
+"""Proposals that are refined."""
+
+SIMILARITY_FITS = 1
+AFFINE_FITS = 2
 
 MAX_SCALE = 16.0
 """Largest change of scale between the two frames, either way."""
@@ -75,6 +75,23 @@ GRID = 8
 
 SCALE_AGREEMENT = 0.75
 """Octaves between a match's change of scale and the transform's: pyramids step by half an octave."""
+
+
+_PAIRS = np.stack(np.tril_indices(PAIRED, -1))  # the first n (n - 1) / 2 are all pairs of the first n
+
+
+class _Matched(NamedTuple):
+    """Matches in the frame, points as complex numbers around their mean: a similarity is a q + t, and any affine
+    transform a q + b conj(q) + t.
+
+    q, x: (M,) complex128, in query and image. ratio: (M,) change of scale.
+    weight: (M,), 1 / number of matches between the same two places.
+    """
+
+    q: ComplexArray
+    x: ComplexArray
+    ratio: Float64Array
+    weight: Float64Array
 
 
 class Keypoints(NamedTuple):
@@ -178,7 +195,7 @@ def matched_box(
         image = np.array([(0, 0), (right, 0), (right, bottom), (0, bottom)], np.float32)
         area, region = cv2.intersectConvexConvex(outline.astype(np.float32), image)
         if area > 0 and region is not None:
-            inlier_points = region.reshape(-1, 2)
+            inlier_points = region.reshape(-1, 2).astype(np.float32)
     if len(inlier_points) == 0:
         raise ValueError("no region: the transform leaves the image, and there are no inliers")
     low = np.clip(inlier_points.min(axis=0), 0, (right, bottom))
@@ -187,7 +204,7 @@ def matched_box(
 
 
 def _verify(query: Keypoints, image: Keypoints, residual: float, min_inliers: int) -> Verification:
-    query_zoom, image_zoom = _checked(query), _checked(image)
+    query_zoom, image_zoom = _checked_zoom(query), _checked_zoom(image)
     count = len(query.points)
     if count != len(image.points):
         raise ValueError(f"a match has two ends, not {count} in the query and {len(image.points)} in the image")
@@ -196,43 +213,39 @@ def _verify(query: Keypoints, image: Keypoints, residual: float, min_inliers: in
     if count < 3:
         return _nothing(count)
 
-    # Points of the frame as complex numbers: a similarity is a q + t, any affine transform a q + b conj(q) + t.
     q, x = _complex(query.points) * query_zoom, _complex(image.points) * image_zoom
-    ratio = (image.scales * (image_zoom / query_zoom)) / query.scales
+    ratio = image.scales.astype(np.float64) / query.scales * (image_zoom / query_zoom)
+    ratio = np.clip(ratio, 1 / MAX_SCALE, MAX_SCALE)
     query_place, image_place = _place(q), _place(x)
     _, pair, repeats = np.unique(query_place + 1j * image_place, return_inverse=True, return_counts=True)
-    weight = 1 / repeats[pair]
     q_mean, x_mean = q.mean(), x.mean()
-    q, x = q - q_mean, x - x_mean
+    matched = _Matched(q - q_mean, x - x_mean, ratio, 1 / repeats[pair])
 
-    start = _propose(q, x, np.clip(ratio, 1 / MAX_SCALE, MAX_SCALE), weight, residual)
-    found = _refine(start, q, x, weight, residual, min_inliers)
+    found = _refine(_propose(matched, residual), matched, residual, min_inliers)
     if found is None:
         return _nothing(count)
     a, b, t = found
-    distance = np.abs(a * q + b * q.conj() + t - x)
+    distance = np.abs(a * matched.q + b * matched.q.conj() + t - matched.x)
     mask = distance <= residual
 
     linear = np.array([[a.real + b.real, b.imag - a.imag], [a.imag + b.imag, a.real - b.real]])
     shift = t + x_mean - a * q_mean - b * q_mean.conjugate()
-    transform = np.column_stack([linear * query_zoom, (shift.real, shift.imag)]) / image_zoom
-    places = min(len(np.unique(query_place[mask])), len(np.unique(image_place[mask])))
     cell = np.clip(query.points[mask] * (GRID / np.array(query.size)), 0, GRID - 1).astype(np.intp)
     octaves = np.log2(ratio[mask]) - np.log2(abs(a) ** 2 - abs(b) ** 2) / 2
     return Verification(
-        inliers=places,
+        inliers=min(len(np.unique(query_place[mask])), len(np.unique(image_place[mask]))),
         mask=mask,
-        transform=transform,
+        transform=np.column_stack([linear * query_zoom, (shift.real, shift.imag)]) / image_zoom,
         residuals=(distance / image_zoom).astype(np.float32),
         cells=len(np.unique(cell[:, 0] * GRID + cell[:, 1])),
         scale_agreement=float(np.mean(np.abs(octaves) <= SCALE_AGREEMENT)),
     )
 
 
-def _checked(keypoints: Keypoints) -> float:
+def _checked_zoom(keypoints: Keypoints) -> float:
     """Pixels of the frame in one pixel of the photo."""
     points, scales, size = keypoints
-    if points.shape != (len(scales), 2) or scales.ndim != 1:
+    if scales.ndim != 1 or points.shape != (len(scales), 2):
         raise ValueError(f"points must be of shape (M, 2) and scales (M,), not {points.shape} and {scales.shape}")
     if not min(size) > 0:
         raise ValueError(f"a photo has at least one pixel, not {size[0]} x {size[1]}")
@@ -241,7 +254,7 @@ def _checked(keypoints: Keypoints) -> float:
     if len(scales) and not scales.min() > 0:
         raise ValueError("scales must be positive")
     if len(points) and np.abs(points).max() > OUTSIDE * max(size):
-        raise ValueError(f"points must lie in their photo of {size[0]} x {size[1]}")
+        raise ValueError(f"points must lie in their photo of {size[0]} x {size[1]} pixels")
     return FRAME / max(size)
 
 
@@ -249,8 +262,12 @@ def _nothing(count: int) -> Verification:
     return Verification(0, np.zeros(count, np.bool_), None, np.zeros(count, np.float32), 0, 0.0)
 
 
-def _complex(points: npt.NDArray[np.floating]) -> ComplexArray:
+def _complex(points: Float32Array) -> ComplexArray:
     return np.ascontiguousarray(points, np.float64).view(np.complex128)[:, 0]
+
+
+def _square(z: ComplexArray) -> Float64Array:
+    return z.real**2 + z.imag**2
 
 
 def _place(points: ComplexArray) -> Float64Array:
@@ -258,61 +275,57 @@ def _place(points: ComplexArray) -> Float64Array:
     return np.rint(points.real / PLACE) * 2**20 + np.rint(points.imag / PLACE)
 
 
-def _propose(
-    q: ComplexArray, x: ComplexArray, ratio: Float64Array, weight: Float64Array, residual: float
-) -> ComplexArray:
-    """(B, 3), rows (a, b = 0, t): the similarities that are worth refining."""
-    qx = q * x.conj()
-    terms = np.stack([_square(q), np.ones(len(q)), _square(x), q.real, q.imag, qx.real, qx.imag, x.real, x.imag])
-    terms = (terms / -(residual**2)).astype(np.float32)
-    weight = weight.astype(np.float32)
+def _propose(matched: _Matched, residual: float) -> ComplexArray:
+    """(B, 3), rows (a, b = 0, t): the similarities that are worth refining, best first."""
+    q, x, ratio, weight = matched
+    single = np.arange(min(len(q), SINGLES))
+    i, turn = _rotations(matched)
+    proposer = np.concatenate([single, i])
+    a = np.concatenate([ratio[single].astype(np.complex128), turn])
+    t = x[proposer] - a * q[proposer]
 
-    def best(a: ComplexArray, t: ComplexArray, anchor: IntArray) -> tuple[ComplexArray, float]:
-        # |a q + t - x|^2 - residual^2 is linear in what depends on the match, so that one product gives the agreement
-        # of every proposal with every match: 1 for a perfect one, 0 at the residual.
-        ta = t.conj() * a
-        factors = [_square(a), _square(t) - residual**2, np.ones(len(a)), 2 * ta.real, -2 * ta.imag]
-        factors += [-2 * a.real, 2 * a.imag, -2 * t.real, -2 * t.imag]
-        agreement = np.stack(factors, axis=1).astype(np.float32) @ terms
-        np.maximum(agreement, 0, out=agreement)
-        score = agreement @ weight
-        top = float(score.max())
-        chosen = []
-        for _ in range(CANDIDATES):
-            i = int(score.argmax())
-            if score[i] < 0:
-                break
-            chosen.append(i)
-            score[i] = -1
-            score[agreement[i, anchor] > 0] = -1  # what it explains proposes much the same
-        return np.stack([a[chosen], np.zeros(len(chosen)), t[chosen]], axis=1), top
+    # |a q + t - x|^2 - residual^2 is linear in what depends on the match, so that one product gives the agreement of
+    # every proposal with every match: 1 for a perfect one, 0 at the residual.
+    ta, qx = t.conj() * a, q * x.conj()
+    of_match = [_square(q), np.ones(len(q)), _square(x), q.real, q.imag, qx.real, qx.imag, x.real, x.imag]
+    of_proposal = [_square(a), _square(t) - residual**2, np.ones(len(a)), 2 * ta.real, -2 * ta.imag]
+    of_proposal += [-2 * a.real, 2 * a.imag, -2 * t.real, -2 * t.imag]
+    left = np.array(of_proposal, np.float32).T * np.float32(-1 / residual**2)
+    agreement = left @ np.array(of_match, np.float32)
+    np.maximum(agreement, 0, out=agreement)
+    score = agreement @ weight.astype(np.float32)
 
-    anchor = np.arange(min(len(q), PROPOSALS))
-    a = ratio[anchor].astype(np.complex128)
-    start, score = best(a, x[anchor] - a * q[anchor], anchor)
-    if score < weight.sum() * SKIP:
-        count = min(len(q), PAIRED)
-        i, j = PAIRS[:, : count * (count - 1) // 2]
-        dq, dx = q[j] - q[i], x[j] - x[i]
-        lq, lx = _square(dq), _square(dx)
-        expected = ratio[i] * ratio[j] * lq
-        keep = (np.minimum(lq, lx) >= APART**2) & (lx >= expected / TOL**2) & (lx <= expected * TOL**2)
-        i, j, dq, dx = i[keep], j[keep], dq[keep], dx[keep]
-        if len(i):
-            a = dx / dq
-            t = (x[i] + x[j] - a * (q[i] + q[j])) / 2
-            paired, _ = best(a, t, i)
-            start = np.concatenate([start, paired])
-    return start
+    chosen = []
+    for _ in range(REFINED):
+        best = int(score.argmax())
+        if score[best] < 0:
+            break
+        chosen.append(best)
+        score[best] = -1
+        score[agreement[best, proposer] > 0] = -1  # a match that it explains proposes much the same
+    return np.array([a[chosen], np.zeros(len(chosen)), t[chosen]]).T
 
 
-def _refine(
-    transforms: ComplexArray, q: ComplexArray, x: ComplexArray, weight: Float64Array, residual: float, min_inliers: int
-) -> ComplexArray | None:
+def _rotations(matched: _Matched) -> tuple[IntArray, ComplexArray]:
+    """(P,) first match and (P,) factor a (rotation and scale) of the pairs of matches that may be right."""
+    q, x, ratio, _ = matched
+    paired = min(len(q), PAIRED)
+    i, j = _PAIRS[:, : paired * (paired - 1) // 2]
+    dq, dx = q[i] - q[j], x[i] - x[j]
+    query_length, image_length = _square(dq), _square(dx)
+    expected = ratio[i] * ratio[j] * query_length
+    possible = np.minimum(query_length, image_length) >= MIN_DISTANCE**2
+    possible &= (image_length <= expected * PAIR_SCALE**2) & (image_length * PAIR_SCALE**2 >= expected)
+    kept = np.flatnonzero(possible)
+    return i[kept], dx[kept] / dq[kept]
+
+
+def _refine(transforms: ComplexArray, matched: _Matched, residual: float, min_inliers: int) -> ComplexArray | None:
     """The best of the transforms (B, 3), rows (a, b, t), and of what least squares makes of them, or None.
 
     Best is the largest sum of 1 - (distance / residual)^2 over the inliers: like their number, but precise fits win.
     """
+    q, x, _, weight = matched
     design = np.stack([q, q.conj(), np.ones(len(q))])
     monomials = np.stack([design[2], q, x, _square(q), q * q, x * q.conj(), x * q, _square(x), x * x], axis=1)
     monomials = (weight[:, None] * monomials).view(np.float64)
@@ -320,9 +333,8 @@ def _refine(
     fits = SIMILARITY_FITS + AFFINE_FITS
     for fit in range(fits + 1):
         agreement = 1 - _square(transforms @ design - x) / residual**2
-        inlier = (agreement >= 0).astype(np.float64)
-        moments = (inlier @ monomials).view(np.complex128).T
-        n = np.maximum(moments[0].real, 1)
+        moments = ((agreement >= 0).astype(np.float64) @ monomials).view(np.complex128).T
+        n = np.maximum(moments[0].real, 1e-9)
         q1, x1, qq, q2, xq, qx, xx, x2 = moments[1:] / n
         qq, q2 = qq.real - _square(q1), q2 - q1 * q1
         xx, x2 = xx.real - _square(x1), x2 - x1 * x1
@@ -334,6 +346,7 @@ def _refine(
         if fit == fits:
             break
 
+        # The least squares of a q + b conj(q) + t with a penalty on b alone; a similarity is its limit, b = 0.
         xq, qx, scatter = xq - x1 * q1.conj(), qx - x1 * q1, np.maximum(qq, 1e-9)
         a, b = xq / scatter, np.zeros(len(n), np.complex128)
         if fit >= SIMILARITY_FITS:
@@ -343,14 +356,10 @@ def _refine(
             affine_b = (qx * scatter - xq * q2) / determinant
             sane = (n >= min_inliers) & (np.abs(affine_b) <= MAX_SHEAR * np.abs(affine_a))
             a, b = np.where(sane, affine_a, a), np.where(sane, affine_b, b)
+        zoom = np.abs(a)
+        possible = (zoom >= 1 / MAX_SCALE) & (zoom <= MAX_SCALE)
         fitted = np.stack([a, b, x1 - a * q1 - b * q1.conj()], axis=1)
-        size = np.abs(a)
-        possible = (size >= 1 / MAX_SCALE) & (size <= MAX_SCALE)
         transforms = np.where(possible[:, None], fitted, transforms)
 
     winner = int(best_score.argmax())
     return best[winner] if best_score[winner] > 0 else None
-
-
-def _square(z: ComplexArray) -> Float64Array:
-    return z.real**2 + z.imag**2

@@ -101,7 +101,7 @@ def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
     weight = np.maximum(best.astype(np.float64) - background[query], 0) / np.sqrt(hits)
 
     images, inverse = np.unique(image, return_inverse=True)
-    scores = np.bincount(inverse, weights=weight)
+    scores = np.bincount(inverse, weights=weight).astype(np.float64, copy=False)
     ranking = np.argsort(-scores, kind="stable")
     rank = np.empty_like(ranking)
     rank[ranking] = np.arange(len(ranking))

@@ -118,7 +118,7 @@ def finetune(config: FinetuneConfig, say: Say = print) -> Path:
     initial = weights.initial_trunk(config.init)
     before = {name: value.clone() for name, value in initial.state_dict().items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = Classifier(initial, len(photos.classes)).to(device, memory_format=torch.channels_last)
+    network = Classifier(initial, len(photos.classes)).to(device).to(memory_format=torch.channels_last)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     decayed = [p for p in network.trunk.parameters() if p.ndim > 1]
     undecayed = [p for p in network.trunk.parameters() if p.ndim <= 1]

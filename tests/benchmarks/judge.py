@@ -18,14 +18,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import numpy as np
 
 from delf_milvus.evaluation.metrics import average_precision, ns_score
-from delf_milvus.features import ORDINAL_BITS, Features
+from delf_milvus.evaluation.memory import MemoryCollection
+from delf_milvus.features import Features
 from delf_milvus.imaging.decode import decode
 from delf_milvus.model.extractor import Extractor
-from delf_milvus.retrieval.search import Candidate, Judgement, Timings, judge_candidates
+from delf_milvus.retrieval.search import Timings, judge_candidates
 from delf_milvus.settings import DecodeSettings, Settings
 
 SETS = ("ukbench", "landmarks", "multiview", "churches", "objects")
@@ -33,63 +33,48 @@ PLACES = Path(__file__).parents[2] / "delf_milvus/evaluation/judging_places.txt"
 
 
 @dataclass
-class Collection:
-    """Features of many photos, concatenated; photo i owns rows starts[i] to starts[i + 1]."""
+class PhotoSet:
+    """Features of the photos of one set; names are paths relative to the data folder."""
 
     names: list[str]
-    sizes: np.ndarray
-    starts: np.ndarray
-    locations: np.ndarray
-    scales: np.ndarray
-    attention: np.ndarray
-    descriptors: np.ndarray
-
-    def features(self, photo: int) -> Features:
-        rows = slice(self.starts[photo], self.starts[photo + 1])
-        width, height = self.sizes[photo]
-        return Features(
-            self.locations[rows],
-            self.scales[rows],
-            self.attention[rows],
-            self.descriptors[rows],
-            int(width),
-            int(height),
-        )
-
-    def part(self, photos: list[int]) -> Collection:
-        chosen = [self.features(i) for i in photos]
-        return concatenate([self.names[i] for i in photos], chosen)
+    features: list[Features]
 
 
-def concatenate(names: list[str], features: list[Features]) -> Collection:
-    return Collection(
-        names,
-        np.array([(f.width, f.height) for f in features]),
-        np.concatenate([[0], np.cumsum([len(f) for f in features])]),
-        np.concatenate([f.locations for f in features]),
-        np.concatenate([f.scales for f in features]),
-        np.concatenate([f.attention for f in features]),
-        np.concatenate([f.descriptors for f in features]),
-    )
-
-
-def load_set(name: str, data: Path, extractor: Extractor, cache: Path) -> Collection:
+def load_set(name: str, data: Path, extractor: Extractor, cache: Path) -> PhotoSet:
     """Features of one set, extracted once for a fingerprint."""
     path = cache / f"{extractor.fingerprint.short}-{extractor.plan.stored_features}-{name}.npz"
     if path.is_file():
-        with np.load(path) as archive:
-            return Collection(
-                [str(n) for n in archive["names"]],
-                *(archive[k] for k in ("sizes", "starts", "locations", "scales", "attention", "descriptors")),
-            )
+        return read_features(path)
     photos = sorted(p for p in (data / name).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     started = time.perf_counter()
     features = [extractor.extract(decode(p, DecodeSettings()), extractor.plan.stored_features) for p in photos]
     print(f"{name}: {len(photos)} photos, {(time.perf_counter() - started) / len(photos):.3f} s each", flush=True)
-    collection = concatenate([p.relative_to(data).as_posix() for p in photos], features)
-    cache.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **collection.__dict__)
-    return collection
+    photo_set = PhotoSet([p.relative_to(data).as_posix() for p in photos], features)
+    write_features(path, photo_set)
+    return photo_set
+
+
+FIELDS = ("locations", "scales", "attention", "descriptors")
+
+
+def write_features(path: Path, photos: PhotoSet) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        path,
+        names=photos.names,
+        counts=[len(f) for f in photos.features],
+        sizes=[(f.width, f.height) for f in photos.features],
+        **{name: np.concatenate([getattr(f, name) for f in photos.features]) for name in FIELDS},
+    )
+
+
+def read_features(path: Path) -> PhotoSet:
+    with np.load(path) as archive:
+        ends = np.cumsum(archive["counts"])[:-1]
+        arrays = [np.split(archive[name], ends) for name in FIELDS]
+        sizes = archive["sizes"].tolist()
+        features = [Features(*rows, width, height) for *rows, (width, height) in zip(*arrays, sizes, strict=True)]
+        return PhotoSet([str(name) for name in archive["names"]], features)
 
 
 def truth(names: list[str]) -> dict[str, str]:
@@ -105,48 +90,19 @@ def truth(names: list[str]) -> dict[str, str]:
     return instances
 
 
-class Searcher:
-    """The package's search over an in-memory collection."""
-
-    def __init__(self, collection: Collection, settings: Settings) -> None:
-        self.collection, self.settings = collection, settings
-        counts = np.diff(collection.starts)
-        photos = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-        ordinals = np.arange(len(photos)) - np.repeat(collection.starts[:-1], counts)
-        self.keys = photos << ORDINAL_BITS | ordinals
-        dim = collection.descriptors.shape[1]
-        lists = max(16, min(4096, len(photos) // 400))
-        self.index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-        sample = np.random.default_rng(0).permutation(len(photos))[: lists * 60]
-        self.index.train(collection.descriptors[np.sort(sample)])
-        self.index.add(collection.descriptors)
-        self.index.nprobe = max(8, lists // 32)
-
-    def neighbours(self, descriptors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        similarities, rows = self.index.search(descriptors, k)
-        return np.where(rows >= 0, self.keys[rows], -1), similarities
-
-    def candidates(self, image_keys: np.ndarray) -> dict[int, Candidate]:
-        names, features = self.collection.names, self.collection.features
-        return {photo: Candidate(names[photo], names[photo], features(photo)) for photo in image_keys.tolist()}
-
-    def search(self, query: Features) -> Judgement:
-        """Every candidate, in falling score."""
-        return judge_candidates(query, self, self.settings.search, self.settings.verify, Timings())
-
-
-def judge(collection: Collection, settings: Settings, queries: list[str]) -> dict[str, dict[str, float]]:
+def judge(photos: PhotoSet, settings: Settings, queries: list[str]) -> dict[str, dict[str, float]]:
     """Mean figures by set."""
-    searcher = Searcher(collection, settings)
-    instances = truth(collection.names)
+    collection = MemoryCollection(photos.names, photos.features)
+    instances = truth(photos.names)
     members: dict[str, set[str]] = {}
     for name, instance in instances.items():
         members.setdefault(instance, set()).add(name)
     figures: dict[str, dict[str, list[float]]] = {}
-    numbers = {name: number for number, name in enumerate(collection.names)}
+    numbers = {name: number for number, name in enumerate(photos.names)}
     for done, name in enumerate(queries, 1):
-        query = collection.features(numbers[name]).top(settings.extract.plan.query_features)
-        ranking = [candidate.image_id for candidate in searcher.search(query).candidates]
+        query = photos.features[numbers[name]].top(settings.extract.plan.query_features)
+        found = judge_candidates(query, collection, settings.search, settings.verify, Timings())
+        ranking = [candidate.image_id for candidate in found.candidates]
         same = members[instances[name]]
         group = figures.setdefault(name.split("/")[0], {})
         group.setdefault("mAP", []).append(average_precision(ranking, same - {name}, {name}))
@@ -169,9 +125,7 @@ def main() -> None:
     settings = Settings(extract={"preset": options.preset, "selection": options.selection})
     extractor = Extractor(options.model, settings.extract)
     sets = {name: load_set(name, options.data, extractor, options.cache) for name in SETS}
-    everything = concatenate(
-        [n for s in sets.values() for n in s.names], [s.features(i) for s in sets.values() for i in range(len(s.names))]
-    )
+    everything = PhotoSet([n for s in sets.values() for n in s.names], [f for s in sets.values() for f in s.features])
     queries = list(truth(everything.names))
     if options.quick:
         queries = queries[::5]

@@ -41,8 +41,8 @@ def jacobian_scale(homography, points):
     """Local change of scale at each point."""
     step = 1.0
     centre = project(homography, points)
-    dx = project(homography, points + (step, 0)) - centre
-    dy = project(homography, points + (0, step)) - centre
+    dx = project(homography, points + np.array([step, 0])) - centre
+    dy = project(homography, points + np.array([0, step])) - centre
     return np.sqrt(np.abs(dx[:, 0] * dy[:, 1] - dx[:, 1] * dy[:, 0])) / step
 
 
@@ -70,7 +70,6 @@ def scene(rng, matches, inlier_ratio, truth, *, size=(640, 480), noise=3.0, leve
     seen one pyramid level off. extent: inliers lie in a window of the query of that share of its sides.
     """
     inliers = round(matches * inlier_ratio)
-    width, height = size
     query_scales = 1 / rng.choice(PYRAMID, matches)
     query_points = on_grid(rng.uniform((0, 0), size, (matches, 2)), query_scales)
     corner = rng.uniform(0, 1 - extent + 1e-9, 2) * size

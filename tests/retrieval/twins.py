@@ -35,7 +35,9 @@ def slow_vote(keys, similarities):
     for feature, row in enumerate(rows):
         if not row:
             continue
-        background = 0.0 if single else min(s for k, s in zip(keys[feature], similarities[feature], strict=True) if k >= 0)
+        background = (
+            0.0 if single else min(s for k, s in zip(keys[feature], similarities[feature], strict=True) if k >= 0)
+        )
         by_image = defaultdict(list)
         for key, similarity in row.items():
             by_image[key >> ORDINAL_BITS].append((-similarity, key & ((1 << ORDINAL_BITS) - 1)))

@@ -1,0 +1,54 @@
+"""A collection in memory: the same search as over Milvus, without a database, for judging and calibrating."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from delf_milvus.features import ORDINAL_BITS, Features
+from delf_milvus.retrieval.search import Candidate
+
+LISTS_VISITED = 1 / 32
+"""Share of the inverted lists that a search visits: what is lost is below what an evaluation can resolve."""
+
+
+class MemoryCollection:
+    """Images by number, in the order given; a `Source` for the search.
+
+    names: image ids. features: their stored features, all of one dimension.
+    """
+
+    def __init__(self, names: Sequence[str], features: Sequence[Features]) -> None:
+        # faiss comes with the embedded database.
+        import faiss
+
+        self.names = list(names)
+        self.features = list(features)
+        counts = np.array([len(f) for f in self.features], np.int64)
+        images = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        ordinals = np.concatenate([np.arange(n, dtype=np.int64) for n in counts])
+        self._keys = images << ORDINAL_BITS | ordinals
+        descriptors = np.concatenate([f.descriptors for f in self.features])
+        dim = descriptors.shape[1]
+        lists = min(4096, len(descriptors) // 400)
+        if lists < 64:
+            self._index = faiss.IndexFlatIP(dim)
+        else:
+            self._index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+            sample = np.random.default_rng(0).permutation(len(descriptors))[: lists * 60]
+            self._index.train(descriptors[np.sort(sample)])
+            self._index.nprobe = max(8, round(lists * LISTS_VISITED))
+        self._index.add(descriptors)
+
+    def neighbours(
+        self, descriptors: npt.NDArray[np.float32], k: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Feature keys (Q, k) and similarities (Q, k)."""
+        similarities, rows = self._index.search(descriptors, k)
+        return np.where(rows >= 0, self._keys[rows], -1), similarities
+
+    def candidates(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Candidate]:
+        """The images of these numbers."""
+        return {i: Candidate(self.names[i], self.names[i], self.features[i]) for i in image_keys.tolist()}

@@ -1,0 +1,262 @@
+"""One connection to Milvus: opened, named and closed, its failures turned into this package's errors.
+
+- A path that ends in .db is Milvus Lite, a server that pymilvus runs inside this process and that one process at a time
+  may own; anything with a scheme is a server. A client that was handed in is used and never closed.
+- pymilvus leaves an embedded database running, and locked, until the process ends. Here it stops with the last of
+  this process's connections to it, unless it was running before the first of them.
+- Whatever pymilvus or gRPC raise becomes one sentence without the token; what they would print beside it on stderr is
+  dropped, for our own calls only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from delf_milvus.errors import CollectionError, DatabaseError, UsageError
+from delf_milvus.store.profiles import Backend
+
+if TYPE_CHECKING:
+    from pymilvus import MilvusClient
+
+_CONNECT_SECONDS = 10.0
+_CONNECT_FAILED = 2
+_COLLECTION_NOT_FOUND = 100
+_NOT_LOADED = 101
+_LITE = "milvus_lite-"
+
+_asking: ContextVar[bool] = ContextVar("_asking", default=False)
+_embedded: dict[str, int] = {}
+_embedded_guard = threading.Lock()
+_write_locks: dict[str, threading.RLock] = {}
+_stderr_guard = threading.RLock()
+
+
+class NotLoadedError(DatabaseError):
+    """A collection must be loaded before it can be read."""
+
+
+class _NotOurs(logging.Filter):
+    """Lets through what other users of pymilvus in this process cause."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not _asking.get()
+
+
+_not_ours = _NotOurs()
+_silent = logging.NullHandler()
+
+
+class Connection:
+    """A connected client and what is known about its other end.
+
+    client: the pymilvus client. backend: "lite" or "server". version: "Milvus Lite 3.2.2" or "Milvus 2.6.4".
+    where: path or address for messages, without secrets. write_lock: held by one writer of an embedded database.
+    """
+
+    def __init__(self, client: MilvusClient, where: str, timeout: float, *, embedded: str = "", owned: bool) -> None:
+        self.client = client
+        self.where = where
+        self.timeout = timeout
+        self._embedded = embedded
+        self._owned = owned
+        self._closed = False
+        self.write_lock = _write_locks.setdefault(embedded, threading.RLock()) if embedded else threading.RLock()
+        with self.asking("reading its version"):
+            version = str(client.get_server_version(timeout=timeout))
+        self.backend: Backend = "lite" if version.startswith(_LITE) else "server"
+        self.version = (
+            f"Milvus Lite {version.removeprefix(_LITE)}" if self.backend == "lite" else f"Milvus {version.lstrip('v')}"
+        )
+
+    @contextmanager
+    def asking(self, doing: str) -> Iterator[None]:
+        """Around every call of the client: raises DatabaseError or CollectionError for whatever it raises."""
+        with _asking_milvus(self.where, doing, self.timeout):
+            yield
+
+    def building(self) -> AbstractContextManager[None]:
+        """Around what may build an index: keeps faiss, which Milvus Lite runs in this process, from printing."""
+        return _without_clustering_warnings() if self.backend == "lite" else nullcontext()
+
+    def close(self) -> None:
+        """Close the client if it is ours, and stop the embedded database if nobody else in this process uses it."""
+        if self._closed or not self._owned:
+            return
+        self._closed = True
+        with _embedded_guard:
+            self.client.close()
+            if self._embedded in _embedded:
+                _embedded[self._embedded] -= 1
+                if not _embedded[self._embedded]:
+                    del _embedded[self._embedded]
+                    from milvus_lite.server_manager import server_manager_instance
+
+                    with _without_clustering_warnings():
+                        server_manager_instance.release_server(self._embedded)
+
+
+def adopt(client: MilvusClient, timeout: float) -> Connection:
+    """A connection over a client that somebody else opened and will close."""
+    _silence()
+    return Connection(client, "the given client's address", timeout, owned=False)
+
+
+def is_server(uri: str) -> bool:
+    """Whether the uri names a server rather than the path of an embedded database."""
+    return "://" in uri or uri.startswith("unix:")
+
+
+def embedded_exists(uri: str) -> bool:
+    """Whether there is anything at the path of an embedded database; raises as `connect` does for what is none."""
+    return os.path.isdir(_checked_path(uri))
+
+
+def connect(uri: str, token: str, timeout: float) -> Connection:
+    """Connect to a server, or start or join the embedded database at a path (it is created if absent).
+
+    Raises UsageError for a uri that is neither, DatabaseError for a server that does not answer within ten seconds (or
+    `timeout`), a path that cannot be a database, or one that another process has open.
+    """
+    from pymilvus import MilvusClient
+
+    _silence()
+    patience = min(timeout, _CONNECT_SECONDS)
+    if is_server(uri):
+        if not re.match(r"(https?|tcp)://.|unix:.", uri):
+            raise UsageError(f"{shown(uri)!r} is no address of a Milvus server: it starts with http:// or https://.")
+        with _asking_milvus(shown(uri), "connecting", patience):
+            client = MilvusClient(uri, token=token, timeout=patience, dedicated=True)
+        return Connection(client, shown(uri), timeout, owned=True)
+    path = _checked_path(uri)
+    with _embedded_guard:
+        running = path not in _embedded and _is_locked(path)
+        try:
+            with _asking_milvus(uri, "opening it", patience):
+                # gRPC would send even this loopback connection through a proxy that the environment names.
+                client = MilvusClient(
+                    path, timeout=patience, dedicated=True, grpc_options={"grpc.enable_http_proxy": 0}
+                )
+        except DatabaseError as error:
+            if _is_locked(path):
+                raise DatabaseError(
+                    f"{uri} is open in another process; end that one first, or use a Milvus server to share."
+                ) from error
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise DatabaseError(f"{uri} cannot be written: check the permissions of that folder.") from error
+            raise
+        if not running:
+            _embedded[path] = _embedded.get(path, 0) + 1
+    return Connection(client, uri, timeout, embedded=path, owned=True)
+
+
+def shown(uri: str) -> str:
+    """The uri as it may be printed: without user, password, token or query."""
+    return re.sub(r"//[^/]*@", "//", uri).partition("?")[0] if is_server(uri) else uri
+
+
+@contextmanager
+def _asking_milvus(where: str, doing: str, timeout: float) -> Iterator[None]:
+    import grpc
+    from pymilvus.exceptions import ConnectionConfigException, MilvusException
+
+    mark = _asking.set(True)
+    try:
+        yield
+    except ConnectionConfigException as error:
+        raise DatabaseError(f"{where} cannot be opened: {_sentence(error.message)}.") from None
+    except MilvusException as error:
+        if error.code == _NOT_LOADED:
+            raise NotLoadedError(f"A collection at {where} was released while {doing}; try again.") from None
+        if error.code == _COLLECTION_NOT_FOUND:
+            raise CollectionError(
+                f"A collection at {where} is gone while {doing}: somebody else dropped it; ingest again."
+            ) from None
+        if error.code == _CONNECT_FAILED or isinstance(error.code, grpc.StatusCode):
+            raise DatabaseError(f"Cannot reach the database at {where} while {doing}: is it running?") from None
+        raise DatabaseError(f"The database at {where} failed while {doing}: {_sentence(error.message)}.") from None
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise DatabaseError(f"The database at {where} did not answer within {timeout:g} s while {doing}.") from None
+        raise DatabaseError(
+            f"The database at {where} failed while {doing}: {_sentence(error.details() or error.code().name)}."
+        ) from None
+    finally:
+        _asking.reset(mark)
+
+
+def _sentence(message: str) -> str:
+    """The first line of a message of pymilvus, without its stop and without the user and password of an address."""
+    lines = re.sub(r"//[^/\s]*@", "//", message.strip()).splitlines()
+    return lines[0].strip().rstrip(".:,") if lines else "no reason given"
+
+
+def _checked_path(uri: str) -> str:
+    if not uri.endswith(".db"):
+        raise UsageError(
+            f"{uri!r} names no database: an embedded one is a path that ends in .db, a server an http:// address."
+        )
+    path = Path(uri).absolute()
+    if not path.parent.is_dir():
+        raise DatabaseError(f"{uri} cannot be opened: the folder {path.parent} does not exist.")
+    if path.exists() and not path.is_dir():
+        raise DatabaseError(f"{uri} is a file, but an embedded database is a folder; choose another path.")
+    return os.path.abspath(path)
+
+
+def _is_locked(path: str) -> bool:
+    """Whether any process, this one included, runs the embedded database at that path."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        with open(os.path.join(path, "LOCK"), "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _silence() -> None:
+    """Keep off stderr what pymilvus and Milvus Lite log about failures that are raised to us as well."""
+    for name in ("pymilvus", "pymilvus.milvus_client"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_not_ours)
+    logging.getLogger("milvus_lite.server_manager").addFilter(_not_ours)
+    # Milvus Lite's own threads log too: without any handler Python would print that on stderr.
+    logging.getLogger("milvus_lite").addHandler(_silent)
+
+
+@contextmanager
+def _without_clustering_warnings() -> Iterator[None]:
+    """Hold back faiss's advice about training points while Milvus Lite builds an index in this process.
+
+    faiss prints it from C for every small segment and has no switch for it. Everything else that reaches file
+    descriptor 2 meanwhile is passed on afterwards.
+    """
+    sys.stderr.flush()
+    with _stderr_guard, tempfile.TemporaryFile() as held:
+        kept = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            held.seek(0)
+            for line in held:
+                if not line.startswith(b"WARNING clustering "):
+                    os.write(kept, line)
+            os.close(kept)

@@ -1,0 +1,62 @@
+"""What many tests share: the folder of real photos where there is one, and generated photos where there is none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+RgbImage = NDArray[np.uint8]
+
+
+def _shared() -> Path:
+    return Path(os.environ.get("DELF_MILVUS_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real photos, ImageNet weights and reference files; tests that need it skip without it."""
+    folder = _shared()
+    if not (folder / "data").is_dir():
+        pytest.skip("needs the folder of real photos (DELF_MILVUS_SHARED)")
+    return folder
+
+
+def make_photo(seed: int, width: int = 320, height: int = 240) -> RgbImage:
+    """A textured scene of its own for each seed: shapes of many sizes over a smooth background."""
+    rng = np.random.default_rng(seed)
+    base = cv2.resize(rng.integers(0, 255, (4, 5, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    for _ in range(60):
+        colour = tuple(int(c) for c in rng.integers(0, 255, 3))
+        x, y = int(rng.integers(0, width)), int(rng.integers(0, height))
+        size = int(rng.integers(4, max(5, width // 6)))
+        kind = rng.integers(0, 3)
+        if kind == 0:
+            cv2.circle(base, (x, y), size // 2, colour, -1)
+        elif kind == 1:
+            cv2.rectangle(base, (x, y), (x + size, y + size // 2), colour, -1)
+        else:
+            end = (x + int(rng.integers(-size, size)), y + int(rng.integers(-size, size)))
+            cv2.line(base, (x, y), end, colour, int(rng.integers(1, 5)))
+    return base
+
+
+def save_photo(path: Path, photo: RgbImage) -> Path:
+    """Write an RGB photo; the suffix says the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))
+    return path
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight generated photos, two of them in a folder inside."""
+    root = tmp_path_factory.mktemp("photos")
+    for seed in range(8):
+        folder = root / "more" if seed >= 6 else root
+        save_photo(folder / f"scene{seed}.png", make_photo(seed))
+    return root

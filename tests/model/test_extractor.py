@@ -1,0 +1,120 @@
+"""From photo to features: keypoint places, selection, boxes, small photos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_photo
+from models import tiny_network, write_tiny_model
+
+from delf_milvus.errors import ModelError, UsageError
+from delf_milvus.model.extractor import Extractor
+from delf_milvus.settings import ExtractSettings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+def extractor(model: Path, **settings: object) -> Extractor:
+    return Extractor(model, ExtractSettings(precision="fp32", **settings))  # type: ignore[arg-type]
+
+
+def test_keypoints_lie_on_multiples_of_the_stride_divided_by_the_scale(model: Path) -> None:
+    features = extractor(model, scales=(0.5, 1.0)).extract(make_photo(0), 4096)
+    assert set(np.unique(features.scales)) == {1.0, 2.0}
+    for scale in (1.0, 2.0):
+        cells = features.locations[features.scales == scale] / (16 * scale)
+        np.testing.assert_allclose(cells, np.round(cells), atol=1e-4)
+        # Every cell of the level is there once: 320 x 240 gives 20 x 15, half of it 10 x 8.
+        assert len(np.unique(cells, axis=0)) == len(cells) == {1.0: 300, 2.0: 80}[scale]
+
+
+def test_a_large_photo_is_shrunk_and_its_keypoints_stay_in_its_own_pixels(model: Path) -> None:
+    photo = make_photo(1, 400, 200)
+    features = extractor(model, scales=(1.0,), longest_side=200).extract(photo, 4096)
+    assert (features.width, features.height) == (400, 200)
+    assert np.unique(features.scales).tolist() == [2.0]
+    assert features.locations.max(0).tolist() == [384.0, 192.0]
+
+
+def test_selection_keeps_the_highest_scores_of_all_scales(model: Path) -> None:
+    everything = extractor(model).extract(make_photo(2), 4096)
+    few = extractor(model).extract(make_photo(2), 50)
+    assert len(few) == 50
+    np.testing.assert_array_equal(few.attention, everything.attention[:50])
+    np.testing.assert_array_equal(few.locations, everything.locations[:50])
+
+
+def test_features_equal_a_plain_pass_over_one_level(model: Path) -> None:
+    photo = make_photo(3, 96, 64)
+    features = extractor(model, scales=(1.0,)).extract(photo, 4096)
+    network = tiny_network()
+    with torch.inference_mode():
+        cells, scores = network(torch.from_numpy(photo.transpose(2, 0, 1).copy())[None].float())
+        flat = cells[0].reshape(cells.shape[1], -1).T
+        descriptors = network.reduction(flat).numpy()
+    order = np.argsort(-scores.reshape(-1).numpy(), kind="stable")
+    np.testing.assert_allclose(features.attention, scores.reshape(-1).numpy()[order], rtol=1e-3, atol=1e-5)
+    agreement = (features.descriptors * descriptors[order]).sum(1)
+    assert np.quantile(agreement, 0.1) > 0.999
+
+
+def test_the_same_photo_gives_the_same_bytes(model: Path) -> None:
+    one, two = (extractor(model).extract(make_photo(4), 200) for _ in range(2))
+    for name in ("locations", "scales", "attention", "descriptors"):
+        assert getattr(one, name).tobytes() == getattr(two, name).tobytes()
+
+
+def test_a_box_gives_features_of_that_part_in_pixels_of_the_whole(model: Path) -> None:
+    photo = make_photo(5)
+    box = (100.0, 50.0, 260.0, 210.0)
+    features = extractor(model).extract(photo, 200, box)
+    assert (features.width, features.height) == (320, 240)
+    assert (features.locations >= (100, 50)).all()
+    assert (features.locations <= (260 + 16, 210 + 16)).all()
+    cut = extractor(model).extract(photo[50:210, 100:260], 200)
+    np.testing.assert_array_equal(features.locations, cut.locations + np.float32([100, 50]))
+    np.testing.assert_array_equal(features.descriptors, cut.descriptors)
+
+
+@pytest.mark.parametrize("box", [(10, 10, 10, 40), (400, 0, 500, 100), (50, 50, 20, 80), (float("nan"), 0, 5, 5)])
+def test_a_box_that_leaves_nothing_is_refused(model: Path, box: tuple[float, float, float, float]) -> None:
+    with pytest.raises(UsageError, match="box"):
+        extractor(model).extract(make_photo(5), 100, box)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 300), (15, 15)])
+def test_a_photo_smaller_than_a_cell_has_no_features(model: Path, size: tuple[int, int]) -> None:
+    features = extractor(model, scales=(1.0,)).extract(np.zeros((*size, 3), np.uint8), 100)
+    assert len(features) == 0
+    assert features.dim == 16
+
+
+def test_asking_for_attention_of_a_model_without_it_says_what_to_do(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from models import TINY
+
+    from delf_milvus.model import weights
+
+    spec = replace(TINY, selection="norm", attention_channels=0)
+    path = tmp_path / "norm.safetensors"
+    weights.save(path, dict(tiny_network(spec=spec).state_dict()), spec)
+    assert Extractor(path, ExtractSettings()).fingerprint.selection == "norm"
+    with pytest.raises(ModelError, match="no attention head"):
+        Extractor(path, ExtractSettings(selection="attention"))
+
+
+def test_the_fingerprint_tells_models_and_pyramids_apart(model: Path, tmp_path: Path) -> None:
+    one = extractor(model).fingerprint
+    assert one == extractor(model).fingerprint
+    assert one != extractor(write_tiny_model(tmp_path / "other.safetensors", seed=1)).fingerprint
+    assert one != extractor(model, scales=(1.0,)).fingerprint
+    assert one != extractor(model, selection="norm").fingerprint
+    # How many features are kept changes none of them.
+    assert one == extractor(model, stored_features=7).fingerprint

@@ -1,0 +1,79 @@
+"""Weight files: what is written is read, and what is not ours is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, tiny_network, write_tiny_model
+from safetensors.torch import save_file
+
+from delf_milvus.errors import ModelError
+from delf_milvus.model import weights
+
+
+def test_a_saved_network_loads_with_the_same_output(tmp_path: Path) -> None:
+    network = tiny_network()
+    path = write_tiny_model(tmp_path / "model.safetensors")
+    pixels = torch.rand(1, 3, 64, 80) * 255
+    with torch.inference_mode():
+        for mine, loaded in zip(network(pixels), weights.load(path)(pixels), strict=True):
+            torch.testing.assert_close(mine, loaded)
+
+
+def test_half_precision_is_kept_to_matrices_so_that_small_variances_survive(tmp_path: Path) -> None:
+    state = dict(tiny_network().state_dict())
+    state["trunk.bn1.running_var"] = torch.full_like(state["trunk.bn1.running_var"], 1e-9)
+    path = tmp_path / "half.safetensors"
+    weights.save(path, state, TINY, half=True)
+    loaded = weights.load(path).state_dict()
+    torch.testing.assert_close(loaded["trunk.bn1.running_var"], state["trunk.bn1.running_var"])
+    torch.testing.assert_close(loaded["trunk.conv1.weight"], state["trunk.conv1.weight"].half().float())
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model file"):
+        weights.resolve(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04pickle", b"\xff" * 64])
+def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="not a delf-milvus weight file"):
+        weights.load(path)
+
+
+def test_safetensors_of_other_software_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ModelError, match="not a delf-milvus weight file"):
+        weights.load(path)
+
+
+def test_missing_and_misshapen_tensors_are_refused(tmp_path: Path) -> None:
+    state = dict(tiny_network().state_dict())
+    path = tmp_path / "model.safetensors"
+    weights.save(path, {k: v for k, v in state.items() if not k.startswith("attention.")}, TINY)
+    with pytest.raises(ModelError, match="attention"):
+        weights.load(path)
+    weights.save(path, state, replace(TINY, dim=8))
+    with pytest.raises(ModelError, match="another shape"):
+        weights.load(path)
+
+
+def test_an_archive_with_pickled_objects_is_not_unpickled(tmp_path: Path) -> None:
+    path = tmp_path / "initial.npz"
+    np.savez(path, batchnorm0_running_mean=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ModelError, match="readable"):
+        weights.initial_trunk(path)
+
+
+def test_an_archive_without_the_layers_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "initial.npz"
+    np.savez(path, something=np.zeros(3))
+    with pytest.raises(ModelError, match="lacks"):
+        weights.initial_trunk(path)
