@@ -63,6 +63,13 @@ def test_a_line_joins_the_two_keypoints() -> None:
     assert len(set(columns)) == columns.max() - columns.min() + 1
 
 
+def test_the_keypoint_of_a_single_pixel_is_in_its_middle() -> None:
+    picture = picture_of(plain(1, 1), plain(1, 1), points((0, 0)), points((0, 0)))
+    rows, columns = np.nonzero(coloured(picture))
+    assert rows.mean() == pytest.approx(12 + 359.5, abs=1)
+    assert (columns.min(), columns.max()) == pytest.approx((12 + 359.5, 744 + 359.5), abs=5)
+
+
 def test_lines_of_small_and_large_residuals_differ_in_colour() -> None:
     query_points, image_points = points((50, 100), (50, 300)), points((350, 100), (350, 300))
     residuals = np.array([0.5, 20.0], np.float32)
@@ -101,8 +108,10 @@ def test_the_outline_of_the_query_is_drawn_where_the_transform_puts_it() -> None
 def test_the_outline_of_an_identical_photo_is_visible_on_all_sides() -> None:
     picture = picture_of(plain(400, 400), plain(400, 400), transform=np.eye(2, 3))
     rows, columns = np.nonzero(coloured(picture))
-    assert (columns.min(), columns.max()) == pytest.approx((744, 744 + 720), abs=3)
-    assert (rows.min(), rows.max()) == pytest.approx((12, 12 + 720), abs=3)
+    assert columns.min() + columns.max() == pytest.approx(2 * 744 + 719, abs=1)
+    assert rows.min() + rows.max() == pytest.approx(2 * 12 + 719, abs=1)
+    assert rows.min() < 12
+    assert columns.min() < 744
 
 
 def test_the_outline_never_reaches_the_query() -> None:
