@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from delf_milvus.matcher import PairResult, PhotoMatcher
     from delf_milvus.retrieval.search import Hit, SearchResult
     from delf_milvus.settings import Settings
-    from delf_milvus.store.feature_store import ImageRecord
+    from delf_milvus.store.records import ImageRecord
 
 __all__ = [
     "DelfIndex",
@@ -36,7 +36,7 @@ _HOMES = {
     "DelfMilvusError": "errors",
     "Features": "features",
     "Hit": "retrieval.search",
-    "ImageRecord": "store.feature_store",
+    "ImageRecord": "store.records",
     "IngestReport": "ingestion.pipeline",
     "PairResult": "matcher",
     "PhotoMatcher": "matcher",

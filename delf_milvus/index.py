@@ -16,12 +16,13 @@ import numpy.typing as npt
 
 from delf_milvus.errors import NotFoundError, UsageError
 from delf_milvus.imaging.decode import Source, decode, one_line, source_digest
-from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos, now
+from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
 from delf_milvus.ingestion.scan import MAX_ID_BYTES, read_listing, scan
 from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
 from delf_milvus.retrieval.search import Box, Candidate, SearchResult, Timings, answer
 from delf_milvus.settings import Settings
-from delf_milvus.store.feature_store import FeatureStore, ImageRecord
+from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.records import ImageRecord
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -146,12 +147,6 @@ class DelfIndex:
             image_id=image_id,
             uri=uri or (str(Path(image).absolute()) if isinstance(image, str | Path) else ""),
             sha256=source_digest(image, self.settings.decode, image_id),
-            width=features.width,
-            height=features.height,
-            feature_count=len(features),
-            model=extractor.fingerprint.short,
-            ingested_at=now(),
-            root="",
             metadata=dict(metadata or {}),
         )
         self._store.write([(record, features)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from dataclasses import dataclass, field
@@ -21,6 +22,11 @@ from delf_milvus.settings import Settings
 
 if TYPE_CHECKING:
     from delf_milvus.model.extractor import Extractor
+
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_SUFFIX = ".calibration.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +79,17 @@ class PhotoMatcher:
 
     @property
     def calibration(self) -> Calibration:
-        """The calibration that comes with the model."""
+        """The calibration beside the weight file, or the bundled model's for a model that has none.
+
+        Raises ModelError when it cannot be read.
+        """
         if self._calibration is None:
-            self._calibration = Calibration.bundled()
+            from delf_milvus.model.weights import BUNDLED
+
+            beside, bundled = (path.with_suffix(CALIBRATION_SUFFIX) for path in (self.extractor.path, BUNDLED))
+            if not beside.is_file():
+                log.warning("%s has no calibration; confidence is that of the bundled model", self.extractor.path)
+            self._calibration = Calibration.read(beside if beside.is_file() else bundled)
         return self._calibration
 
     @property

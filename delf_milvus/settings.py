@@ -221,9 +221,8 @@ def load(flags: dict[str, Any] | None = None, config: Path | None = None) -> Loa
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
-        source = next((s for n, s in sources.items() if n == name or n.startswith(name + ".")), None)
-        if source is None:
-            source = next((s for n, s in sources.items() if name.startswith(n + ".")), "default")
+        related = (s for n, s in sources.items() if n == name or n.startswith(name + ".") or name.startswith(n + "."))
+        source = next(related, "default")
         problem = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
         raise UsageError(f"Setting {name} (from {source}): {problem}.") from error
 

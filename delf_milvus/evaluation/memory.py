@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ class MemoryCollection:
         dim = descriptors.shape[1]
         lists = min(4096, len(descriptors) // 400)
         if lists < 64:
-            self._index = faiss.IndexFlatIP(dim)
+            self._index: Any = faiss.index_factory(dim, "Flat", faiss.METRIC_INNER_PRODUCT)
         else:
             self._index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
             sample = np.random.default_rng(0).permutation(len(descriptors))[: lists * 60]

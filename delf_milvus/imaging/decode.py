@@ -115,7 +115,7 @@ def decode(source: Source, limits: DecodeSettings, name: str | None = None) -> R
     if isinstance(source, str | Path):
         name = one_line(name or source)
         return _decode_bytes(read_bytes(Path(source), limits), limits, name)
-    name = one_line(name or "The photo")
+    name = one_line(name or "The image")
     if isinstance(source, bytes):
         return _decode_bytes(source, limits, name)
     if isinstance(source, Image.Image):
@@ -249,7 +249,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray(_to_grey(image)).convert("RGB")
     try:
         if not image.has_transparency_data:
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
         coloured = image.convert("RGBA")
     except ValueError as error:
         raise ImageError(

@@ -14,10 +14,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,8 @@ from delf_milvus.features import Features, Fingerprint
 from delf_milvus.imaging.decode import RgbImage, content_digest, decode, read_bytes
 from delf_milvus.ingestion.scan import Failure, Photo, Scan
 from delf_milvus.settings import Settings
-from delf_milvus.store.feature_store import FeatureStore, ImageRecord
+from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.records import ImageRecord
 
 if TYPE_CHECKING:
     from delf_milvus.model.extractor import Extractor
@@ -127,15 +127,11 @@ def ingest_photos(
             seconds = time.monotonic() - started
             progress(Progress(done, len(scanned.photos), extracted, report.failed, seconds))
 
+    def prepare(photo: Photo) -> _Prepared:
+        return _prepare(photo, known.get(photo.image_id), fingerprint, settings)
+
     with ThreadPoolExecutor(settings.ingest.decode_threads, "decode") as pool, writer:
-        prepared = _ahead(
-            pool,
-            [
-                lambda photo=photo: _prepare(photo, known.get(photo.image_id), fingerprint, settings)
-                for photo in scanned.photos
-            ],
-            settings.ingest.queue,
-        )
+        prepared = _ahead(pool, prepare, scanned.photos, settings.ingest.queue)
         try:
             tell(0)
             for done, (photo, future) in enumerate(zip(scanned.photos, prepared, strict=True), 1):
@@ -147,7 +143,7 @@ def ingest_photos(
                         if not dry_run:
                             extractor = load_extractor()
                             features = extractor.extract(item.pixels, extractor.plan.stored_features)
-                            writer.put(_record(item, features, fingerprint), features)
+                            writer.put(_record(item), features)
                             report.features += len(features)
                             if len(features) < SPARSE:
                                 report.sparse.append(photo.image_id)
@@ -182,11 +178,13 @@ def gone(store: FeatureStore, roots: list[Path], failures: list[Failure]) -> lis
     return missing
 
 
-def _ahead(pool: ThreadPoolExecutor, tasks: list[Callable[[], _Prepared]], window: int) -> Iterator[Future[_Prepared]]:
-    """The futures of the tasks, in order, with at most `window` of them submitted and not yet taken."""
+def _ahead(
+    pool: ThreadPoolExecutor, prepare: Callable[[Photo], _Prepared], photos: Sequence[Photo], window: int
+) -> Iterator[Future[_Prepared]]:
+    """The preparations of the photos, in order, with at most `window` of them submitted and not yet taken."""
     waiting: deque[Future[_Prepared]] = deque()
-    for task in tasks:
-        waiting.append(pool.submit(task))
+    for photo in photos:
+        waiting.append(pool.submit(prepare, photo))
         if len(waiting) >= window:
             yield waiting.popleft()
     yield from waiting
@@ -208,24 +206,14 @@ def _prepare(photo: Photo, stored: ImageRecord | None, fingerprint: Fingerprint,
     return _Prepared(photo, sha256, decode(data, settings.decode, str(photo.path)), stored is not None)
 
 
-def _record(item: _Prepared, features: Features, fingerprint: Fingerprint) -> ImageRecord:
+def _record(item: _Prepared) -> ImageRecord:
     return ImageRecord(
         image_id=item.photo.image_id,
         uri=str(item.photo.path),
         sha256=item.sha256,
-        width=features.width,
-        height=features.height,
-        feature_count=len(features),
-        model=fingerprint.short,
-        ingested_at=now(),
         root=str(item.photo.root),
         metadata=dict(item.photo.metadata),
     )
-
-
-def now() -> str:
-    """The time, UTC, ISO 8601 with seconds."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 class _Writer:

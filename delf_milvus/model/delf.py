@@ -31,7 +31,7 @@ class ModelSpec:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelSpec:
         """The inverse of `dataclasses.asdict`; raises TypeError for unknown fields."""
-        trunk = {k: tuple(v) if isinstance(v, list) else v for k, v in values["trunk"].items()}
+        trunk: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["trunk"].items()}
         return ModelSpec(**{**values, "trunk": TrunkSpec(**trunk)})
 
 

@@ -35,6 +35,7 @@ class Extractor:
     def __init__(self, model: str | Path | None, settings: ExtractSettings, device: torch.device | None = None) -> None:
         path = weights.resolve(model)
         network = weights.load(path)
+        self.path = path
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = resolve_dtype(settings.precision, self.device)
         self.plan = settings.plan
@@ -67,9 +68,7 @@ class Extractor:
         plan = self.plan
         shrink = min(1.0, plan.longest_side / max(region.shape[:2]))
         with torch.inference_mode():
-            levels = [
-                level for scale in plan.scales if (level := self._level(region, scale * shrink)) is not None
-            ]
+            levels = [level for scale in plan.scales if (level := self._level(region, scale * shrink)) is not None]
             if not levels:
                 return _no_features(self.fingerprint.dim, width, height)
             scores = torch.cat([level[0] for level in levels])

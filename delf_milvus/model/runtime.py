@@ -22,7 +22,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 def has_native_bf16(device: torch.device) -> bool:
     """Whether matrix products in bf16 are faster than in fp32 on this device."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.backends.cpu.get_cpu_capability()
     if not capabilities.startswith("AVX512"):
         return False
@@ -45,7 +45,7 @@ def prepare(network: Delf, device: torch.device, dtype: torch.dtype) -> Delf:
     network = copy.deepcopy(network).eval()
     for module in list(network.modules()):
         _fold(module)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
     for module in network.modules():
         # Convolutions alone change dtype: they are the cost, and they tolerate it.
         if isinstance(module, nn.Conv2d):
@@ -68,7 +68,7 @@ def _fold(module: nn.Module) -> None:
         for index in ("1", "2", "3"):
             _fuse(module, "conv" + index, "bn" + index)
         if module.downsample is not None:
-            module.downsample = nn.Sequential(fuse_conv_bn_eval(module.downsample[0], module.downsample[1]))
+            _fuse(module.downsample, "0", "1")
     elif isinstance(module, PreactivationBottleneck):
         _fuse(module, "conv1", "bn2")
         _fuse(module, "conv2", "bn3")

@@ -109,7 +109,8 @@ class PreactivationBottleneck(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(activated)
         y = torch.relu(self.bn2(self.conv1(activated)))
         y = torch.relu(self.bn3(self.conv2(y)))
-        return self.conv3(y) + shortcut
+        total: Tensor = self.conv3(y) + shortcut
+        return total
 
 
 class Trunk(nn.Module):

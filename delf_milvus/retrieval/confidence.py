@@ -92,9 +92,11 @@ class Calibration:
         """Read what `write` wrote; raises ModelError."""
         try:
             values = json.loads(path.read_text())
-            parts = {n: Survival(tuple(values[n]["quantiles"]), float(values[n]["tail"])) for n in ("answers", "pairs")}
+            answers, pairs = (
+                Survival(tuple(values[name]["quantiles"]), float(values[name]["tail"])) for name in ("answers", "pairs")
+            )
             if values["version"] != Calibration.version:
                 raise ValueError(f"version {values['version']}, not {Calibration.version}")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ModelError(f"{path} is not a calibration of this version ({error}).") from error
-        return Calibration(**parts)
+        return Calibration(answers, pairs)

@@ -69,7 +69,8 @@ class AttentionPooling(nn.Module):
         normalised = nn.functional.normalize(cells.float(), dim=2)
         pooled = (normalised * scores[..., None]).sum(1) / scores.sum(1, keepdim=True).clamp_min(1e-6)
         # A pooled unit vector has entries near 1 / sqrt(C): scaled so that the classifier's rate fits.
-        return self.classifier(pooled * math.sqrt(cells.shape[2]))
+        logits: Tensor = self.classifier(pooled * math.sqrt(cells.shape[2]))
+        return logits
 
 
 def train_attention(config: AttentionConfig, say: Say = print) -> Path:

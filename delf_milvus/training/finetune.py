@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from delf_milvus.model import weights
 from delf_milvus.model.delf import ModelSpec
 from delf_milvus.model.trunk import Trunk
-from delf_milvus.training.data import PhotoDataset, labelled_photos, split
+from delf_milvus.training.data import LabelledPhotos, PhotoDataset, labelled_photos, split
 from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
 from delf_milvus.training.vision import transforms
 
@@ -76,7 +76,8 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         _, features = self.trunk(pixels)
-        return self.linear(self.standardise(features.float().mean(dim=(2, 3))))
+        logits: Tensor = self.linear(self.standardise(features.float().mean(dim=(2, 3))))
+        return logits
 
     def train(self, mode: bool = True) -> Classifier:
         super().train(mode)
@@ -84,6 +85,9 @@ class Classifier(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
+
+
+Batches = DataLoader[tuple[Tensor, int]]
 
 
 def finetune(config: FinetuneConfig, say: Say = print) -> Path:
@@ -94,98 +98,47 @@ def finetune(config: FinetuneConfig, say: Say = print) -> Path:
     torch.manual_seed(config.seed)
     experiment = Experiment(config.out, config)
     photos = labelled_photos(config.data, config.exclude)
-    training, validation = split(photos, config.validate_every)
-    say(f"{len(training.paths)} photos to train on, {len(validation.paths)} to validate, {len(photos.classes)} classes")
-    augment = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(config.crop, scale=(0.3, 1.0), antialias=True),
-            transforms.ColorJitter(0.3, 0.3, 0.2),
-        ]
-    )
-    centre = transforms.Compose([transforms.Resize(config.load, antialias=True), transforms.CenterCrop(config.crop)])
     shuffled = torch.Generator().manual_seed(config.seed)
-    loader = DataLoader(
-        PhotoDataset(training, config.load, augment),
-        config.batch,
-        shuffle=True,
-        generator=shuffled,
-        drop_last=True,
-        num_workers=1,
-        persistent_workers=True,
-    )
-    checks = DataLoader(PhotoDataset(validation, config.load, centre), config.batch)
-
+    loader, checks = _loaders(config, photos, shuffled, say)
     initial = weights.initial_trunk(config.init)
     before = {name: value.clone() for name, value in initial.state_dict().items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = Classifier(initial, len(photos.classes)).to(device).to(memory_format=torch.channels_last)
+    network = Classifier(initial, len(photos.classes)).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-    decayed = [p for p in network.trunk.parameters() if p.ndim > 1]
-    undecayed = [p for p in network.trunk.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.SGD(
-        [
-            {"params": decayed, "lr": config.learning_rate, "weight_decay": config.weight_decay},
-            {"params": undecayed, "lr": config.learning_rate, "weight_decay": 0.0},
-            {"params": network.linear.parameters(), "lr": config.head_learning_rate},
-        ],
-        momentum=0.9,
-        nesterov=True,
-    )
-    rates = [group["lr"] for group in optimizer.param_groups]
-    steps = config.epochs * len(loader)
-    warm_up = max(1, len(loader) // 10)
-    step = first_epoch = 0
+    optimizer = _optimizer(config, network)
+    schedule = _Schedule(optimizer, config.epochs * len(loader), max(1, len(loader) // 10))
+    first_epoch = 0
     if (saved := experiment.load_checkpoint()) is not None:
         tensors, progress = saved
         network.load_state_dict(unprefixed("network", tensors))
         average.load_state_dict(unprefixed("average", tensors))
         restore_optimizer(optimizer, tensors)
-        step, first_epoch = progress["step"], progress["epoch"]
+        schedule.step, first_epoch = progress["step"], progress["epoch"]
         shuffled.manual_seed(config.seed + first_epoch)
         say(f"resuming after epoch {first_epoch}")
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
     for epoch in range(first_epoch, config.epochs):
-        network.train()
-        started, total, right = time.monotonic(), 0.0, 0
-        for pixels, labels in loader:
-            factor = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            pixels = pixels.to(device, memory_format=torch.channels_last).float()
-            labels = labels.to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                logits = network(pixels)
-            loss = criterion(logits.float(), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.trunk.parameters(), config.clip)
-            optimizer.step()
-            average.update_parameters(network)
-            step += 1
-            total += loss.item()
-            right += int((logits.argmax(1) == labels).sum())
-            if step % 20 == 0:
-                say(f"epoch {epoch + 1} step {step}/{steps} loss {loss.item():.3f}")
+        started = time.monotonic()
+        loss, right = _train_epoch(config, network, average, optimizer, schedule, loader, say)
         seconds = time.monotonic() - started
-        seen = len(loader) * config.batch
         accuracy = _accuracy(average.module, checks, device)
         experiment.log(
             stage="finetune",
             epoch=epoch + 1,
-            loss=round(total / len(loader), 4),
-            training_accuracy=round(right / seen, 4),
+            loss=round(loss, 4),
+            training_accuracy=round(right, 4),
             validation_accuracy=round(accuracy, 4),
-            photos_per_second=round(seen / seconds, 1),
+            photos_per_second=round(len(loader) * config.batch / seconds, 1),
         )
-        say(f"epoch {epoch + 1}: loss {total / len(loader):.3f}, validation accuracy {accuracy:.3f}, {seconds:.0f} s")
+        say(f"epoch {epoch + 1}: loss {loss:.3f}, validation accuracy {accuracy:.3f}, {seconds:.0f} s")
         experiment.save_checkpoint(
             prefixed("network", network.state_dict())
             | prefixed("average", average.state_dict())
             | optimizer_tensors(optimizer),
-            {"step": step, "epoch": epoch + 1},
+            {"step": schedule.step, "epoch": epoch + 1},
         )
-    after = average.module.trunk.state_dict()
+    after = unprefixed("module.trunk", average.state_dict())
     mixed = {
         name: torch.lerp(value.cpu(), before[name], config.keep_initial) if value.is_floating_point() else value
         for name, value in after.items()
@@ -195,8 +148,97 @@ def finetune(config: FinetuneConfig, say: Say = print) -> Path:
     return path
 
 
+def _loaders(
+    config: FinetuneConfig, photos: LabelledPhotos, shuffled: torch.Generator, say: Say
+) -> tuple[Batches, Batches]:
+    """Batches of random crops to train on, and of central crops to validate with."""
+    training, validation = split(photos, config.validate_every)
+    say(f"{len(training.paths)} photos to train on, {len(validation.paths)} to validate, {len(photos.classes)} classes")
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(config.crop, scale=(0.3, 1.0), antialias=True),
+            transforms.ColorJitter(0.3, 0.3, 0.2),
+        ]
+    )
+    centre = transforms.Compose([transforms.Resize(config.load, antialias=True), transforms.CenterCrop(config.crop)])
+    loader = DataLoader(
+        PhotoDataset(training, config.load, augment),
+        config.batch,
+        shuffle=True,
+        generator=shuffled,
+        drop_last=True,
+        num_workers=1,
+        persistent_workers=True,
+    )
+    return loader, DataLoader(PhotoDataset(validation, config.load, centre), config.batch)
+
+
+def _optimizer(config: FinetuneConfig, network: Classifier) -> torch.optim.Optimizer:
+    decayed = [p for p in network.trunk.parameters() if p.ndim > 1]
+    undecayed = [p for p in network.trunk.parameters() if p.ndim <= 1]
+    return torch.optim.SGD(
+        [
+            {"params": decayed, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+            {"params": undecayed, "lr": config.learning_rate, "weight_decay": 0.0},
+            {"params": network.linear.parameters(), "lr": config.head_learning_rate},
+        ],
+        momentum=0.9,
+        nesterov=True,
+    )
+
+
+class _Schedule:
+    """Linear warm-up, then half a cosine down to zero."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, warm_up: int) -> None:
+        self._optimizer, self._warm_up = optimizer, warm_up
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self.steps, self.step = steps, 0
+
+    def advance(self) -> None:
+        """Set the rates of the next step."""
+        cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        factor = min(1.0, (self.step + 1) / self._warm_up) * cosine
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self.step += 1
+
+
+def _train_epoch(
+    config: FinetuneConfig,
+    network: Classifier,
+    average: AveragedModel,
+    optimizer: torch.optim.Optimizer,
+    schedule: _Schedule,
+    loader: Batches,
+    say: Say,
+) -> tuple[float, float]:
+    """Mean loss and accuracy of one pass over the photos."""
+    network.train()
+    device = network.linear.weight.device
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    total, right = 0.0, 0
+    for pixels, labels in loader:
+        schedule.advance()
+        pixels = pixels.to(device, memory_format=torch.channels_last).float()
+        labels = labels.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = network(pixels)
+        loss = criterion(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.trunk.parameters(), config.clip)
+        optimizer.step()
+        average.update_parameters(network)
+        total += loss.item()
+        right += int((logits.argmax(1) == labels).sum())
+        if schedule.step % 20 == 0:
+            say(f"step {schedule.step}/{schedule.steps} loss {loss.item():.3f}")
+    return total / len(loader), right / (len(loader) * config.batch)
+
+
 @torch.inference_mode()
-def _accuracy(network: nn.Module, loader: DataLoader[tuple[Tensor, int]], device: torch.device) -> float:
+def _accuracy(network: nn.Module, loader: Batches, device: torch.device) -> float:
     network.eval()
     right = seen = 0
     for pixels, labels in loader:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from delf_milvus.evaluation.metrics import average_precision, ns_score
 from delf_milvus.evaluation.memory import MemoryCollection
+from delf_milvus.evaluation.metrics import average_precision, ns_score
 from delf_milvus.features import Features
 from delf_milvus.imaging.decode import decode
 from delf_milvus.model.extractor import Extractor

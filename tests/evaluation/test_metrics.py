@@ -34,7 +34,9 @@ def test_ns_counts_the_first_four() -> None:
 
 
 @given(st.permutations(list("abcdefgh")), st.sets(st.sampled_from("abcdefgh"), min_size=1))
-def test_average_precision_is_a_share_and_one_only_for_a_perfect_ranking(ranking: list[str], relevant: set[str]) -> None:
+def test_average_precision_is_a_share_and_one_only_for_a_perfect_ranking(
+    ranking: list[str], relevant: set[str]
+) -> None:
     value = average_precision(ranking, relevant)
     assert 0 < value <= 1
     assert (value == pytest.approx(1)) == (set(ranking[: len(relevant)]) == relevant)

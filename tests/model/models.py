@@ -11,7 +11,10 @@ from delf_milvus.model.delf import Delf, ModelSpec
 from delf_milvus.model.trunk import TrunkSpec
 
 TINY = ModelSpec(
-    trunk=TrunkSpec(layout="v2", units=(1, 1, 1), widths=(8, 8, 16)), selection="attention", dim=16, attention_channels=8
+    trunk=TrunkSpec(layout="v2", units=(1, 1, 1), widths=(8, 8, 16)),
+    selection="attention",
+    dim=16,
+    attention_channels=8,
 )
 
 
