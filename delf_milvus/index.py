@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -270,5 +270,5 @@ class _StoreSource:
 
 
 def _file_name(image_id: str) -> str:
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in image_id)
-    return safe[-80:]
+    stem = str(PurePosixPath(image_id).with_suffix(""))
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)[-80:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +61,15 @@ def root(
     context.obj = State(
         {name: value for name, value in flags.items() if value is not None}, config, json, quiet, verbose
     )
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    _quieten(verbose)
+
+
+def _quieten(verbose: bool) -> None:
+    """Log our own remarks only: what libraries say of damaged photos or of their connection reaches the user as an
+    error of ours, or does not matter."""
+    logging.basicConfig(level=logging.CRITICAL, format="%(levelname)s: %(message)s")
+    logging.getLogger("delf_milvus").setLevel(logging.INFO if verbose else logging.WARNING)
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def run() -> None:

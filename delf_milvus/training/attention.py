@@ -6,6 +6,7 @@ weight cells so that the weighted mean of the L2-normalised features classifies 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from delf_milvus.model import weights
 from delf_milvus.model.delf import AttentionHead, Delf
@@ -53,7 +53,8 @@ class AttentionConfig:
 class AttentionPooling(nn.Module):
     """The head, and a classifier on the attention-weighted mean of L2-normalised features.
 
-    Takes cells (N, P, C) and their mask (N, P), returns logits (N, classes).
+    Takes the cells of all photos of a batch, (R, C), and the number of the photo that each belongs to, (R,); returns
+    logits (photos, classes). Cells are not padded to one size: the head's BatchNorm sees real cells only.
     """
 
     def __init__(self, channels: int, hidden: int, classes: int) -> None:
@@ -61,15 +62,19 @@ class AttentionPooling(nn.Module):
         self.head = AttentionHead(channels, hidden)
         self.classifier = nn.Linear(channels, classes)
 
-    def forward(self, cells: Tensor, mask: Tensor) -> Tensor:
-        # Only real cells reach the head's BatchNorm: padding would shift its statistics.
-        real = cells[mask]
-        scores = torch.zeros(mask.shape, device=cells.device)
-        scores[mask] = self.head(real[:, :, None, None]).reshape(-1).float()
-        normalised = nn.functional.normalize(cells.float(), dim=2)
-        pooled = (normalised * scores[..., None]).sum(1) / scores.sum(1, keepdim=True).clamp_min(1e-6)
+    def forward(self, cells: Tensor, photo: Tensor, photos: int) -> Tensor:
+        # (R, C) seen as (1, C, R, 1) is channels last: the 1x1 convolutions run as matrix products.
+        scores = self.head(cells.T[None, :, :, None]).reshape(-1)
+        # The mean of normalised cells is one product with a matrix of a row a photo, and copies no cell.
+        weights = scores.new_zeros(photos, len(cells))
+        weights[photo, torch.arange(len(cells), device=cells.device)] = scores / cells.float().norm(dim=1).clamp_min(
+            1e-6
+        )
+        pooled = (weights @ cells).float() / scores.new_zeros(photos).index_add(0, photo, scores).clamp_min(1e-6)[
+            :, None
+        ]
         # A pooled unit vector has entries near 1 / sqrt(C): scaled so that the classifier's rate fits.
-        logits: Tensor = self.classifier(pooled * math.sqrt(cells.shape[2]))
+        logits: Tensor = self.classifier(pooled * math.sqrt(cells.shape[1]))
         return logits
 
 
@@ -104,9 +109,9 @@ def train_attention(config: AttentionConfig, say: Say = print) -> Path:
         for start in range(0, steps_an_epoch * config.batch, config.batch):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            cells, mask, labels = cache.batch(shuffled[start : start + config.batch].tolist(), device)
+            cells, photo, labels = cache.batch(shuffled[start : start + config.batch].tolist(), device)
             with torch.autocast(device.type, dtype=torch.bfloat16):
-                logits = pooling(cells, mask)
+                logits = pooling(cells, photo, len(labels))
             loss = nn.functional.cross_entropy(logits.float(), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -136,7 +141,7 @@ def train_attention(config: AttentionConfig, say: Say = print) -> Path:
 
 
 class _FeatureCache:
-    """Frozen feature maps of rescaled photos, fp16, one flat file; resumes never: it is quick to make again."""
+    """Frozen feature maps of rescaled photos, fp16, in one flat file; the list of its contents is written last."""
 
     def __init__(
         self,
@@ -148,40 +153,51 @@ class _FeatureCache:
         say: Say,
     ) -> None:
         spec, _, _ = weights.read(config.init)
-        network = Delf(replace(spec, attention_channels=0))
-        network.load_state_dict({n: t for n, t in tensors.items() if n.startswith("trunk.")}, strict=False)
+        self._channels = spec.trunk.channels
+        contents = path.with_suffix(".json")
+        if not contents.is_file():
+            network = Delf(replace(spec, attention_channels=0))
+            network.load_state_dict({n: t for n, t in tensors.items() if n.startswith("trunk.")}, strict=False)
+            starts, labels = self._compute(config, photos, views, path, network, say)
+            contents.write_text(json.dumps({"starts": starts, "labels": labels}))
+        values = json.loads(contents.read_text())
+        self._starts, self._labels = values["starts"], values["labels"]
+        self._cells = np.memmap(path, np.float16, "r", shape=(self._starts[-1], self._channels))
+
+    @torch.inference_mode()
+    def _compute(
+        self, config: AttentionConfig, photos: LabelledPhotos, views: int, path: Path, network: Delf, say: Say
+    ) -> tuple[list[int], list[int]]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         trunk = prepare(network, device, resolve_dtype("auto", device)).trunk
-        self._channels = spec.trunk.channels
-        self._starts = [0]
-        self._labels: list[int] = []
+        starts, labels = [0], []
         generator = np.random.default_rng(config.seed)
         low, high = np.log(config.scales)
-        with path.open("wb") as stream, torch.inference_mode():
+        with path.open("wb") as stream:
             for view in range(views):
                 for photo, label in zip(photos.paths, photos.labels, strict=True):
                     scale = float(np.exp(generator.uniform(low, high)))
                     pixels = read_rgb(photo, longest=config.longest)[None].float().to(device)
-                    size = [max(spec.trunk.stride, round(side * scale)) for side in pixels.shape[2:]]
+                    size = [max(trunk.spec.stride, round(side * scale)) for side in pixels.shape[2:]]
                     pixels = nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
                     _, features = trunk(pixels.contiguous(memory_format=torch.channels_last))
                     cells = features[0].permute(1, 2, 0).reshape(-1, self._channels).half().cpu().numpy()
                     cells.tofile(stream)
-                    self._starts.append(self._starts[-1] + len(cells))
-                    self._labels.append(label)
+                    starts.append(starts[-1] + len(cells))
+                    labels.append(label)
                 say(f"{path.name}: view {view + 1} of {views} computed")
-        self._cells = np.memmap(path, np.float16, "r", shape=(self._starts[-1], self._channels))
+        return starts, labels
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def batch(self, items: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Cells (N, P, C), their mask (N, P) and labels (N,)."""
-        maps = [torch.from_numpy(np.array(self._cells[self._starts[i] : self._starts[i + 1]])) for i in items]
-        cells = pad_sequence(maps, batch_first=True).to(device).float()
+        """Cells of the items (R, C), bf16; the item that each cell belongs to (R,); labels (items,)."""
+        maps = [torch.from_numpy(self._cells[self._starts[i] : self._starts[i + 1]].copy()) for i in items]
         lengths = torch.tensor([len(m) for m in maps])
-        mask = torch.arange(cells.shape[1])[None] < lengths[:, None]
-        return cells, mask.to(device), torch.tensor([self._labels[i] for i in items], device=device)
+        photo = torch.repeat_interleave(torch.arange(len(items)), lengths)
+        labels = torch.tensor([self._labels[i] for i in items])
+        return torch.cat(maps).to(device).bfloat16(), photo.to(device), labels.to(device)
 
 
 @torch.inference_mode()
@@ -189,7 +205,7 @@ def _accuracy(pooling: AttentionPooling, cache: _FeatureCache, batch: int, devic
     pooling.eval()
     right = 0
     for start in range(0, len(cache), batch):
-        cells, mask, labels = cache.batch(list(range(start, min(start + batch, len(cache)))), device)
+        cells, photo, labels = cache.batch(list(range(start, min(start + batch, len(cache)))), device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            right += int((pooling(cells, mask).argmax(1) == labels).sum())
+            right += int((pooling(cells, photo, len(labels)).argmax(1) == labels).sum())
     return right / max(1, len(cache))

@@ -1,0 +1,242 @@
+"""The command line as a user meets it: output, exit codes, one sentence an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_photo, save_photo
+
+RUN = [sys.executable, "-c", "from delf_milvus.cli.main import run; run()"]
+
+
+def call(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run delf-milvus in `folder` with the fast preset."""
+    return subprocess.run(
+        [*RUN, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "DELF_MILVUS_EXTRACT__PRESET": "fast", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with five photos ingested into the default database, and two queries."""
+    folder = tmp_path_factory.mktemp("cli")
+    for seed in range(4):
+        save_photo(folder / "photos" / f"{seed}.png", make_photo(seed))
+    save_photo(folder / "photos" / "with ' \"quotes\" 😀.png", make_photo(4))
+    save_photo(folder / "query.png", np.ascontiguousarray(make_photo(2)[20:220, 30:300]))
+    save_photo(folder / "stranger.png", make_photo(77))
+    result = call(folder, "--json", "ingest", "photos")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report.keys() >= {
+        *("added", "updated", "unchanged", "removed", "failed", "failures", "features", "seconds")
+    }  # fmt: skip
+    assert (report["added"], report["failures"]) == (5, [])
+    return folder
+
+
+def test_search_prints_a_table_or_one_object(workplace: Path) -> None:
+    human = call(workplace, "search", "query.png")
+    assert human.returncode == 0
+    assert "2.png" in human.stdout.splitlines()[1]
+    assert human.stderr == ""
+    result = json.loads(call(workplace, "--json", "search", "query.png").stdout)
+    assert result.keys() >= {"query", "model", "matched", "hits", "timings"}
+    assert result["matched"] is True
+    hit = result["hits"][0]
+    names = "rank image_id uri verified inliers putatives confidence score transform box".split()
+    assert list(hit) == names
+    assert np.shape(hit["transform"]) == (2, 3)
+    steps = {"decode", "extract", "neighbours", "vote", "geometry", "match", "verify", "total"}
+    assert result["timings"].keys() == steps
+    assert result["timings"]["total"] == pytest.approx(sum(result["timings"][s] for s in steps - {"total"}), abs=1e-4)
+
+
+def test_no_match_is_exit_code_1(workplace: Path) -> None:
+    human = call(workplace, "search", "stranger.png")
+    assert (human.returncode, human.stdout) == (1, "no match\n")
+    result = call(workplace, "--json", "search", "stranger.png", "--include-unverified", "--top", 2)
+    assert result.returncode == 1
+    answer = json.loads(result.stdout)
+    assert answer["matched"] is False
+    assert [hit["verified"] for hit in answer["hits"]] == [False, False]
+
+
+def test_pictures_are_left_and_named_on_stderr(workplace: Path) -> None:
+    result = call(workplace, "search", "query.png", "--out", "pictures")
+    assert (workplace / "pictures" / "001_2.png").is_file()
+    assert "001_2.png" in result.stderr
+    assert call(workplace, "-q", "search", "query.png", "--out", "pictures").stderr == ""
+
+
+def test_match_needs_no_database(workplace: Path) -> None:
+    result = call(workplace, "--uri", "nowhere/at/all.db", "match", "query.png", "photos/2.png", "--out", "pair.png")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("match: ")
+    assert (workplace / "pair.png").is_file()
+    other = call(workplace, "--json", "match", "query.png", "photos/3.png")
+    assert other.returncode == 1
+    assert json.loads(other.stdout)["matched"] is False
+
+
+def test_status_list_show(workplace: Path) -> None:
+    status = json.loads(call(workplace, "--json", "status").stdout)
+    assert status["images"] == 5
+    assert "Milvus Lite" in status["backend"]
+    listed = json.loads(call(workplace, "--json", "list").stdout)["images"]
+    assert [image["image_id"] for image in listed] == sorted(image["image_id"] for image in listed)
+    assert len(call(workplace, "list", "--limit", 2).stdout.splitlines()) == 3
+    shown = json.loads(call(workplace, "--json", "show", "with ' \"quotes\" 😀.png").stdout)
+    assert shown["width"] == 320
+
+
+def test_delete_says_what_was_not_there(tmp_path: Path) -> None:
+    save_photo(tmp_path / "photos" / "0.png", make_photo(0))
+    assert call(tmp_path, "ingest", "photos").returncode == 0
+    result = call(tmp_path, "--json", "delete", "0.png", "9.png")
+    assert result.returncode == 5
+    assert json.loads(result.stdout) == {"deleted": ["0.png"], "missing": ["9.png"]}
+    assert json.loads(call(tmp_path, "--json", "status").stdout)["images"] == 0
+
+
+def test_failures_are_listed_and_exit_code_1(tmp_path: Path) -> None:
+    save_photo(tmp_path / "photos" / "0.png", make_photo(0))
+    (tmp_path / "photos" / "new\nline\x1b[31m.jpg").write_bytes(b"no photo")
+    result = call(tmp_path, "ingest", "photos")
+    assert result.returncode == 1
+    assert result.stdout.startswith("1 added")
+    (failure,) = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
+    assert r"new\nline\x1b[31m.jpg" in failure
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["search", "missing.jpg"], 5, "missing.jpg"),
+        (["search", "notes.txt"], 5, "not a photo"),
+        (["ingest", "nowhere"], 5, "nowhere"),
+        (["--uri", "http://127.0.0.1:9", "status"], 3, "127.0.0.1:9"),
+        (["--collection", "other", "search", "query.png"], 4, "delf-milvus ingest"),
+        (["--collection", "1; drop", "status"], 2, "name"),
+        (["--model", "missing.safetensors", "search", "query.png"], 4, "missing.safetensors"),
+        (["search", "query.png", "--preset", "paper"], 4, "scales"),
+        (["search", "query.png", "--preset", "huge"], 2, "extract.preset"),
+        (["search", "query.png", "--box", "1,2,3"], 2, "--box"),
+        (["search", "query.png", "--top", "0"], 2, "search.top"),
+        (["--config", "missing.toml", "status"], 2, "missing.toml"),
+        (["show", "nothing"], 5, "nothing"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_its_exit_code(
+    workplace: Path, arguments: list[str], code: int, words: str
+) -> None:
+    (workplace / "notes.txt").write_text("no photo")
+    result = call(workplace, *arguments)
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert words in result.stderr
+
+
+def test_unknown_options_and_commands_are_usage_errors(workplace: Path) -> None:
+    for arguments in (["search"], ["serach", "x"], ["search", "query.png", "--colour"]):
+        result = call(workplace, *arguments)
+        assert result.returncode == 2
+        assert "Usage" in result.stderr
+
+
+def test_a_locked_database_is_exit_code_3(workplace: Path) -> None:
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time\n"
+            "from delf_milvus import DelfIndex\n"
+            "index = DelfIndex.open('delf_milvus.db', any_model=True, create=False)\n"
+            "print('held', flush=True)\n"
+            "sys.stdin.read()",
+        ],
+        cwd=workplace,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        result = call(workplace, "search", "query.png")
+        assert result.returncode == 3
+        assert result.stderr.count("\n") == 1
+    finally:
+        holder.communicate("", timeout=30)
+
+
+def test_interrupting_ingest_keeps_what_is_stored_and_resumes(tmp_path: Path) -> None:
+    for seed in range(60):
+        save_photo(tmp_path / "photos" / f"{seed:02d}.png", make_photo(seed, 640, 480))
+    process = subprocess.Popen(
+        [*RUN, "--json", "ingest", "photos"],
+        cwd=tmp_path,
+        env={**os.environ, "DELF_MILVUS_EXTRACT__PRESET": "fast"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "delf_milvus.db").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    first = json.loads(out)
+    assert first["interrupted"] is True
+    assert "run the same command again" in err
+    second = json.loads(call(tmp_path, "--json", "ingest", "photos").stdout)
+    assert (second["unchanged"], second["added"]) == (first["added"], 60 - first["added"])
+
+
+def test_config_show_says_where_values_come_from(workplace: Path) -> None:
+    result = call(workplace, "--json", "--uri", "x.db", "config", "show", DELF_MILVUS_TOKEN="root:hunter2")
+    values = json.loads(result.stdout)
+    assert values["uri"] == {"value": "x.db", "source": "flag"}
+    assert values["extract.preset"] == {"value": "fast", "source": "environment"}
+    assert values["search.top"]["source"] == "default"
+    assert "hunter2" not in result.stdout
+
+
+def test_help_and_version_load_neither_torch_nor_pymilvus_nor_numpy(workplace: Path) -> None:
+    program = (
+        "import sys\n"
+        "from delf_milvus.cli.main import run\n"
+        "try:\n    run()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'pymilvus', 'numpy', 'cv2', 'pydantic') if m in sys.modules], file=sys.stderr)"
+    )
+    for argument in ("--help", "--version"):
+        result = subprocess.run([sys.executable, "-c", program, argument], capture_output=True, text=True, check=True)
+        assert result.stderr.strip() == "[]"
+
+
+def test_importing_the_package_loads_neither_torch_nor_pymilvus() -> None:
+    program = "import sys, delf_milvus; print([m for m in ('torch', 'pymilvus') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_every_command_has_an_example(workplace: Path) -> None:
+    for command in ("ingest", "search", "match", "status", "list", "show", "delete"):
+        assert f"delf-milvus {command}" in call(workplace, command, "--help").stdout.replace("--uri photos.db ", "")
