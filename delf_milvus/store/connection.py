@@ -108,7 +108,7 @@ class Connection:
 def adopt(client: MilvusClient, timeout: float) -> Connection:
     """A connection over a client that somebody else opened and will close."""
     _silence()
-    return Connection(client, "the given client's address", timeout, owned=False)
+    return Connection(client, "the given client's server", timeout, owned=False)
 
 
 def is_server(uri: str) -> bool:

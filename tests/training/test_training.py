@@ -1,0 +1,166 @@
+"""Training end to end on generated photos and a tiny network: it learns, resumes, excludes, and its files load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_photo, save_photo
+
+from delf_milvus.errors import InputError, ModelError
+from delf_milvus.model import weights
+from delf_milvus.model.delf import ModelSpec
+from delf_milvus.model.extractor import Extractor
+from delf_milvus.model.trunk import Trunk, TrunkSpec
+from delf_milvus.settings import ExtractSettings
+
+pytest.importorskip("delf_milvus.training.vision", reason="needs torchvision (extra: train)")
+
+from delf_milvus.training.attention import AttentionConfig, AttentionPooling, train_attention
+from delf_milvus.training.data import labelled_photos, split
+from delf_milvus.training.finetune import FinetuneConfig, finetune
+from delf_milvus.training.reduction import ReductionConfig, fit_reduction
+
+TRUNK = TrunkSpec(layout="v2", units=(1, 1, 1), widths=(8, 8, 16))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of twelve photos, told apart by their colour."""
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    for number, name in enumerate(("blue", "green", "red")):
+        for seed in range(12):
+            photo = make_photo(100 * number + seed, 96, 80) // 2
+            photo[..., 2 - number] += 110
+            save_photo(root / name / f"{seed}.png", photo)
+    return root
+
+
+@pytest.fixture(scope="module")
+def initial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("initial") / "trunk.safetensors"
+    state = {f"trunk.{name}": value for name, value in Trunk(TRUNK).state_dict().items()}
+    weights.save(path, state, ModelSpec(trunk=TRUNK, selection="norm", attention_channels=0))
+    return path
+
+
+def config(data: Path, initial: Path, out: Path, **changes: object) -> FinetuneConfig:
+    plain = FinetuneConfig(
+        data=(data,), out=out, init=initial, epochs=4, batch=8, load=64, crop=48, learning_rate=0.02, validate_every=6
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trunk(data: Path, initial: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finetune(config(data, initial, tmp_path_factory.mktemp("finetune")), say=lambda _: None)
+
+
+def test_fine_tuning_learns_and_changes_every_layer(trunk: Path, initial: Path) -> None:
+    log = metrics(trunk.parent)
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4]
+    assert log[-1]["loss"] < log[0]["loss"]
+    _, before, _ = weights.read(initial)
+    _, after, _ = weights.read(trunk)
+    trained = [n for n in before if n.endswith(("weight", "bias")) and not n.startswith("trunk.input_bn")]
+    assert trained
+    for name in trained:
+        assert not torch.equal(before[name], after[name]), name
+    # Statistics stay those of the initial network.
+    for name in before:
+        if "running" in name:
+            assert torch.equal(before[name], after[name]), name
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(data: Path, initial: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    finetune(config(data, initial, tmp_path, epochs=1), say=said.append)
+    finetune(config(data, initial, tmp_path, epochs=3), say=said.append)
+    assert "resuming after epoch 1" in said
+    assert [line["epoch"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_keeping_all_of_the_initial_weights_gives_them_back(data: Path, initial: Path, tmp_path: Path) -> None:
+    path = finetune(config(data, initial, tmp_path, epochs=1, keep_initial=1.0), say=lambda _: None)
+    _, before, _ = weights.read(initial)
+    _, after, _ = weights.read(path)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value)
+
+
+def test_excluded_classes_are_in_neither_part(data: Path) -> None:
+    photos = labelled_photos([data], exclude=["green"])
+    assert photos.classes == ["scenes/blue", "scenes/red"]
+    assert not any("green" in path.parts for path in photos.paths)
+    training, validation = split(photos, 5)
+    assert set(training.paths).isdisjoint(validation.paths)
+    assert len(training.paths) + len(validation.paths) == len(photos.paths) == 24
+
+
+def test_a_folder_without_classes_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one a class"):
+        labelled_photos([tmp_path])
+
+
+@pytest.fixture(scope="module")
+def attended(data: Path, trunk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("attention")
+    settings = AttentionConfig(
+        data=(data,), out=out, init=trunk, epochs=6, batch=8, longest=96, views=2, hidden=16, learning_rate=0.01
+    )
+    return train_attention(settings, say=lambda _: None)
+
+
+def test_attention_learns_on_a_frozen_trunk(attended: Path, trunk: Path) -> None:
+    log = metrics(attended.parent)
+    assert log[-1]["loss"] < log[0]["loss"]
+    _, before, _ = weights.read(trunk)
+    _, after, _ = weights.read(attended)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value)
+    assert any(name.startswith("attention.") for name in after)
+
+
+def test_pooling_equals_the_plain_weighted_mean() -> None:
+    torch.manual_seed(0)
+    pooling = AttentionPooling(6, 4, 3).eval()
+    maps = [torch.rand(n, 6) for n in (5, 1, 9)]
+    photo = torch.cat([torch.full((len(m),), i) for i, m in enumerate(maps)])
+    with torch.inference_mode():
+        logits = pooling(torch.cat(maps), photo, 3)
+        for number, cells in enumerate(maps):
+            scores = pooling.head(cells.T[None, :, :, None]).reshape(-1, 1)
+            mean = (torch.nn.functional.normalize(cells, dim=1) * scores).sum(0) / scores.sum()
+            torch.testing.assert_close(logits[number], pooling.classifier(mean * 6**0.5))
+
+
+def test_the_reduction_is_the_pca_of_the_selected_descriptors(attended: Path, data: Path, tmp_path: Path) -> None:
+    settings = ReductionConfig(data=(data,), out=tmp_path, init=attended, dim=8, features=50, exclude=("red",))
+    model = fit_reduction(settings, say=lambda _: None)
+    network = weights.load(model)
+    projection = network.reduction.projection.numpy()
+    np.testing.assert_allclose(projection @ projection.T, np.eye(8), atol=1e-4)
+    extractor = Extractor(model, ExtractSettings())
+    features = extractor.extract(make_photo(5, 96, 80), 50)
+    assert features.descriptors.shape == (50, 8)
+    (line,) = metrics(tmp_path)
+    assert line["photos"] == 24
+    assert 0 < line["explained_variance"] <= 1
+
+
+def test_selection_by_attention_needs_a_head(trunk: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="attention"):
+        fit_reduction(ReductionConfig(data=(data,), out=tmp_path, init=trunk), say=lambda _: None)
+    model = fit_reduction(
+        ReductionConfig(data=(data,), out=tmp_path, init=trunk, selection="norm", dim=8), say=lambda _: None
+    )
+    assert Extractor(model, ExtractSettings()).selection == "norm"
