@@ -17,7 +17,7 @@ import numpy.typing as npt
 from delf_milvus.errors import NotFoundError, UsageError
 from delf_milvus.imaging.decode import Source, decode, one_line, source_digest
 from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
-from delf_milvus.ingestion.scan import MAX_ID_BYTES, read_listing, scan
+from delf_milvus.ingestion.scan import read_listing, scan
 from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
 from delf_milvus.retrieval.search import Box, Candidate, SearchResult, Timings, answer
 from delf_milvus.settings import Settings
@@ -136,10 +136,9 @@ class DelfIndex:
     def add(self, image: Source, image_id: str, metadata: Mapping[str, Any] | None = None, uri: str = "") -> int:
         """Store one photo (path, bytes, PIL image or RGB uint8 array (H, W, 3)), replacing what has its id.
 
-        Returns the number of features stored. Raises ImageError when it cannot be decoded, DatabaseError.
+        Returns the number of features stored. Raises ImageError when it cannot be decoded, InputError for an id or
+        metadata that cannot be stored, DatabaseError.
         """
-        if not image_id or len(image_id.encode()) > MAX_ID_BYTES:
-            raise UsageError(f"An image id has 1 to {MAX_ID_BYTES} bytes, not {len(image_id.encode())}.")
         extractor = self._matcher.extractor
         photo = self._matcher.decode(image, image_id)
         features = extractor.extract(photo, extractor.plan.stored_features)

@@ -164,8 +164,10 @@ def test_add_refuses_what_is_no_photo_and_stores_nothing(own: DelfIndex) -> None
     own.add(make_photo(1), "one")
     with pytest.raises(ImageError):
         own.add(b"no photo", "two")
-    with pytest.raises(UsageError, match="id"):
+    with pytest.raises(InputError, match="id"):
         own.add(make_photo(1), "")
+    with pytest.raises(InputError, match="reserved"):
+        own.add(make_photo(1), "two", {"uri": "elsewhere"})
     assert [record.image_id for record in own.list()] == ["one"]
 
 

@@ -16,17 +16,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delf_milvus.errors import InputError
 from delf_milvus.features import Features, Fingerprint
-from delf_milvus.imaging.decode import RgbImage, content_digest, decode, read_bytes
+from delf_milvus.imaging.decode import RgbImage, content_digest, decode, one_line, read_bytes
 from delf_milvus.ingestion.scan import Failure, Photo, Scan
 from delf_milvus.settings import Settings
 from delf_milvus.store.feature_store import FeatureStore
-from delf_milvus.store.records import ImageRecord
+from delf_milvus.store.records import ImageRecord, checked
 
 if TYPE_CHECKING:
     from delf_milvus.model.extractor import Extractor
@@ -89,12 +89,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A photo after reading: `pixels` is None when it is stored already, unchanged."""
+    """A photo after reading.
 
-    photo: Photo
-    sha256: str
+    pixels: None when the same content is stored already. moved: whether the stored record names another place or other
+    metadata than `record`.
+    """
+
+    record: ImageRecord
     pixels: RgbImage | None
     is_update: bool
+    moved: bool = False
 
 
 def ingest_photos(
@@ -120,6 +124,7 @@ def ingest_photos(
     if stop_at_failure and report.failures:
         return report
     extracted = 0
+    moved: list[ImageRecord] = []
     writer = _Writer(store)
 
     def tell(done: int) -> None:
@@ -138,12 +143,15 @@ def ingest_photos(
                 try:
                     item = future.result()
                     if item.pixels is None:
-                        report.unchanged += 1
+                        report.unchanged += not item.moved
+                        report.updated += item.moved
+                        if item.moved:
+                            moved.append(item.record)
                     else:
                         if not dry_run:
                             extractor = load_extractor()
                             features = extractor.extract(item.pixels, extractor.plan.stored_features)
-                            writer.put(_record(item), features)
+                            writer.put(item.record, features)
                             report.features += len(features)
                             if len(features) < SPARSE:
                                 report.sparse.append(photo.image_id)
@@ -159,6 +167,8 @@ def ingest_photos(
             report.interrupted = True
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    if not dry_run:
+        store.describe(moved)
     report.seconds = time.monotonic() - started
     return report
 
@@ -192,28 +202,29 @@ def _ahead(
 
 def _prepare(photo: Photo, stored: ImageRecord | None, fingerprint: Fingerprint, settings: Settings) -> _Prepared:
     data = read_bytes(photo.path, settings.decode)
-    sha256 = content_digest(data)
-    if stored is not None:
-        same = stored.sha256 == sha256 and stored.model == fingerprint.short
-        if same and (not photo.metadata or dict(photo.metadata) == dict(stored.metadata)):
-            return _Prepared(photo, sha256, None, True)
-        elsewhere = Path(stored.uri)
-        if not same and stored.root != str(photo.root) and elsewhere != photo.path and elsewhere.is_file():
-            raise InputError(
-                f"{photo.path.name}: the id {photo.image_id} belongs to another photo, {elsewhere}; "
-                "give this folder an --id-prefix of its own."
-            )
-    return _Prepared(photo, sha256, decode(data, settings.decode, str(photo.path)), stored is not None)
-
-
-def _record(item: _Prepared) -> ImageRecord:
-    return ImageRecord(
-        image_id=item.photo.image_id,
-        uri=str(item.photo.path),
-        sha256=item.sha256,
-        root=str(item.photo.root),
-        metadata=dict(item.photo.metadata),
+    record = ImageRecord(
+        image_id=photo.image_id,
+        uri=str(photo.path),
+        sha256=content_digest(data),
+        root=str(photo.root),
+        metadata=dict(photo.metadata),
     )
+    checked(record)
+    if stored is None:
+        return _Prepared(record, decode(data, settings.decode, str(photo.path)), False)
+    elsewhere = Path(stored.uri)
+    if stored.sha256 == record.sha256 and stored.model == fingerprint.short:
+        if not photo.metadata:
+            record = replace(record, metadata=stored.metadata)
+        # A copy of the photo elsewhere is no move while the stored one is still in its place.
+        left = stored.uri != record.uri and not elsewhere.is_file()
+        return _Prepared(record, None, True, left or dict(stored.metadata) != dict(record.metadata))
+    if stored.root != record.root and elsewhere != photo.path and elsewhere.is_file():
+        raise InputError(
+            f"{one_line(photo.path)}: the id {photo.image_id!r} belongs to another photo, {one_line(elsewhere)}; "
+            "give this folder an --id-prefix of its own."
+        )
+    return _Prepared(record, decode(data, settings.decode, str(photo.path)), True)
 
 
 class _Writer:

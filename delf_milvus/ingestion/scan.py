@@ -20,13 +20,13 @@ from typing import Any, Literal, NoReturn
 
 from delf_milvus.errors import InputError, UsageError
 from delf_milvus.imaging.decode import one_line, read_file
+from delf_milvus.store.schema import MAX_ID_BYTES
 
 _JPEG = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"}
 _OTHERS = {".png", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".avif"}
 SUFFIXES = frozenset(_JPEG | _OTHERS)
 """What a file in a folder must end with, in any case, to be taken as a photo."""
 
-MAX_ID_BYTES = 1024
 """Most UTF-8 bytes of an image id."""
 
 MAX_LISTING_BYTES = 1 << 28

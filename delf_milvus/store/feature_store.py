@@ -35,7 +35,7 @@ from delf_milvus.store.connection import Connection, NotLoadedError
 from delf_milvus.store.keys import Int64Array, feature_keys, image_key
 from delf_milvus.store.profiles import INDEX_FROM, METRIC, IndexProfile, choose, search_params
 from delf_milvus.store.records import ImageRecord, Row
-from delf_milvus.store.schema import CollectionFacts, CollectionSpec
+from delf_milvus.store.schema import CollectionFacts, CollectionSpec, keypoint_fields
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -50,6 +50,7 @@ _QUERIES = 16384
 _HITS = 1_000_000
 _KEYS = 1000
 _PAGE = 10000
+_DESCRIBED = 100
 _BUILD_SECONDS = 6 * 3600.0
 _STRONG = "Strong"
 _SESSION = "Session"
@@ -217,6 +218,27 @@ class FeatureStore:
             sizes = [sum(len(str(value)) for value in row.values()) for row in image_rows]
             for batch in records.batches(image_rows, sizes, self._settings.batch_bytes):
                 self._write_rows(self._images, batch)
+
+    def describe(self, changed: Sequence[ImageRecord]) -> None:
+        """Rewrite uri, root and metadata of stored images; their features stay. Ids that are not stored are left out.
+
+        Raises InputError (metadata that cannot be stored) and DatabaseError.
+        """
+        for record in changed:
+            records.checked(record)
+        with self._db.write_lock:
+            facts = self._attach()
+            if facts is None:
+                return
+            fields = (*records.RECORD_FIELDS, *keypoint_fields(facts.chunks), "global_descriptor")
+            for start in range(0, len(changed), _DESCRIBED):
+                batch = {record.key: record for record in changed[start : start + _DESCRIBED]}
+                found = self._rows(list(batch), fields)
+                rows = [records.described(row, batch[key]) for key, row in found.items()]
+                self._written = self._written or bool(rows)
+                sizes = [sum(len(str(value)) for value in row.values()) for row in rows]
+                for part in records.batches(rows, sizes, self._settings.batch_bytes):
+                    self._write_rows(self._images, part)
 
     def delete(self, image_ids: Iterable[str]) -> Ids:
         """Delete images: their rows first, then their features. Returns the ids that existed, in the given order."""

@@ -188,6 +188,13 @@ def record_of(row: Row) -> ImageRecord:
     return ImageRecord(**{name: row[name] for name in RECORD_FIELDS}, metadata=metadata)
 
 
+def described(row: Row, record: ImageRecord) -> Row:
+    """An image's row, asked for with all its declared fields, with another uri, root and metadata."""
+    declared = {one.name for one in images_spec(dim=1, chunks=1).fields}
+    kept = {name: value for name, value in row.items() if name in declared or name.startswith("keypoints_")}
+    return {**record.metadata, **kept, "uri": record.uri, "root": record.root}
+
+
 def features_of(row: Row, chunks: int) -> Features:
     """The features in an image's row that was asked for with its keypoint fields.
 

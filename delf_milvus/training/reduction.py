@@ -40,7 +40,7 @@ class ReductionConfig:
     selection: Selection = "attention"
     dim: int = 40
     features: int = 200
-    photos: int = 2000
+    photos: int = 1000
 
 
 def fit_reduction(config: ReductionConfig, say: Say = print) -> Path:

@@ -36,7 +36,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     for seed in range(4):
         save_photo(folder / "photos" / f"{seed}.png", make_photo(seed))
-    save_photo(folder / "photos" / "with ' \"quotes\" 😀.png", make_photo(4))
+    save_photo(folder / "photos" / 'with \' "quotes" 😀.png', make_photo(4))
     save_photo(folder / "query.png", np.ascontiguousarray(make_photo(2)[20:220, 30:300]))
     save_photo(folder / "stranger.png", make_photo(77))
     result = call(folder, "--json", "ingest", "photos")
@@ -58,7 +58,7 @@ def test_search_prints_a_table_or_one_object(workplace: Path) -> None:
     assert result.keys() >= {"query", "model", "matched", "hits", "timings"}
     assert result["matched"] is True
     hit = result["hits"][0]
-    names = "rank image_id uri verified inliers putatives confidence score transform box".split()
+    names = ["rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "score", "transform", "box"]
     assert list(hit) == names
     assert np.shape(hit["transform"]) == (2, 3)
     steps = {"decode", "extract", "neighbours", "vote", "geometry", "match", "verify", "total"}
@@ -100,7 +100,7 @@ def test_status_list_show(workplace: Path) -> None:
     listed = json.loads(call(workplace, "--json", "list").stdout)["images"]
     assert [image["image_id"] for image in listed] == sorted(image["image_id"] for image in listed)
     assert len(call(workplace, "list", "--limit", 2).stdout.splitlines()) == 3
-    shown = json.loads(call(workplace, "--json", "show", "with ' \"quotes\" 😀.png").stdout)
+    shown = json.loads(call(workplace, "--json", "show", 'with \' "quotes" 😀.png').stdout)
     assert shown["width"] == 320
 
 

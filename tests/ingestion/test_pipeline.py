@@ -148,6 +148,10 @@ def test_two_roots_with_the_same_relative_path_need_a_prefix(index: DelfIndex, p
 def test_a_moved_folder_is_recognised(index: DelfIndex, photos: Path, tmp_path: Path) -> None:
     index.ingest([photos])
     shutil.move(photos, tmp_path / "moved")
+    report = index.ingest([tmp_path / "moved"])
+    assert (report.updated, report.added, report.features) == (4, 0, 0)
+    assert index.show("1.png").uri == str(tmp_path / "moved" / "1.png")
+    assert index.search(make_photo(1, 160, 120)).hits[0].image_id == "1.png"
     assert index.ingest([tmp_path / "moved"]).unchanged == 4
 
 

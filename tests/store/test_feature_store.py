@@ -576,3 +576,16 @@ def test_failures_print_nothing_but_those_of_other_users_of_pymilvus(tmp_path: P
     ours, _, others = done.stderr.partition("others:\n")
     assert ours == ""
     assert "does not exist" in others
+
+
+def test_describing_rewrites_place_and_metadata_and_leaves_features(store: FeatureStore) -> None:
+    store.write([(ImageRecord("a", "old", metadata={"one": 1}), random_features(RNG, 30)), *random_items(2, 1, 10)])
+    key = image_key("a")
+    before = store.stored([key])[key][1]
+    store.describe([ImageRecord("a", "new", root="/r", metadata={"two": "ü"}), ImageRecord("absent")])
+    record, features = store.stored([key])[key]
+    assert (record.uri, record.root, record.feature_count, dict(record.metadata)) == ("new", "/r", 30, {"two": "ü"})
+    np.testing.assert_array_equal(features.descriptors, before.descriptors)
+    np.testing.assert_array_equal(features.locations, before.locations)
+    assert len(list(store.list())) == 2
+    assert split_keys(store.neighbours(features.descriptors[:5], 1)[0])[0].ravel().tolist() == [key] * 5
