@@ -48,7 +48,7 @@ class AttentionHead(nn.Module):
         self.conv2 = nn.Conv2d(hidden, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = torch.relu(self.bn(self.conv1(features)))
+        hidden = torch.relu_(self.bn(self.conv1(features)))
         # In bf16 neighbouring cells would often get the same score, and their order would be chance.
         return nn.functional.softplus(self.conv2(hidden).float())
 

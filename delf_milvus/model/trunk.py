@@ -83,9 +83,9 @@ class Bottleneck(nn.Module):
             shortcut = self.downsample(x)
         else:
             shortcut = x[:, :, :: self.stride, :: self.stride] if self.stride > 1 else x
-        x = torch.relu(self.bn1(self.conv1(x)))
-        x = torch.relu(self.bn2(self.conv2(x)))
-        return torch.relu(self.bn3(self.conv3(x)) + shortcut)
+        x = torch.relu_(self.bn1(self.conv1(x)))
+        x = torch.relu_(self.bn2(self.conv2(x)))
+        return torch.relu_(self.bn3(self.conv3(x)).add_(shortcut))
 
 
 class PreactivationBottleneck(nn.Module):
@@ -105,11 +105,11 @@ class PreactivationBottleneck(nn.Module):
             self.downsample = _convolution(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = torch.relu(self.bn1(x))
+        activated = torch.relu_(self.bn1(x))
         shortcut = x if self.downsample is None else self.downsample(activated)
-        y = torch.relu(self.bn2(self.conv1(activated)))
-        y = torch.relu(self.bn3(self.conv2(y)))
-        total: Tensor = self.conv3(y) + shortcut
+        y = torch.relu_(self.bn2(self.conv1(activated)))
+        y = torch.relu_(self.bn3(self.conv2(y)))
+        total: Tensor = self.conv3(y).add_(shortcut)
         return total
 
 
@@ -150,8 +150,8 @@ class Trunk(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         # Normalised in the dtype of the pixels: bf16 could not hold 255 levels around a mean.
         x = self.input_bn((pixels - self.mean) / self.std).to(self.conv1.weight.dtype)
-        x = self.pool(torch.relu(self.bn1(self.conv1(x))))
+        x = self.pool(torch.relu_(self.bn1(self.conv1(x))))
         raw = self.stages(x)
         if self.final_bn is None:
             return raw, raw
-        return raw, torch.relu(self.final_bn(raw))
+        return raw, torch.relu_(self.final_bn(raw))
