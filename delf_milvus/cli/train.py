@@ -115,3 +115,24 @@ def reduction(
         dim=dim,
     )
     typer.echo(fit_reduction(config, _say))
+
+
+@app.command()
+def calibration(
+    context: typer.Context,
+    data: Annotated[Path, typer.Option("--data", help="Folder of class folders; every second class is used.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON file; beside a model it is model.calibration.json.")],
+    fill: Annotated[
+        list[Path] | None, typer.Option(help="Folder of further unrelated photos; give it again for more.")
+    ] = None,
+) -> None:
+    """Measure what evidence photos without a match reach, so that confidence can be compared with it.
+
+    Example: delf-milvus --model model.safetensors train calibration --data photos/ --out model.calibration.json
+    """
+    from delf_milvus.cli.state import state_of
+    from delf_milvus.evaluation.calibration import CalibrationConfig, calibrate
+
+    settings = state_of(context).load().settings
+    calibrate(CalibrationConfig(data, tuple(fill or ())), settings, _say).write(out)
+    typer.echo(out)

@@ -276,11 +276,7 @@ class FeatureStore:
                 f"of {facts.fingerprint.dim}: search with the model that it was made with."
             )
         queries = np.ascontiguousarray(descriptors, dtype=np.float32)
-        index = self._index
-        params = {
-            "metric_type": METRIC,
-            "params": search_params(index.type, index.params, self._settings.nprobe, k),
-        }
+        params = self._search_parameters(k)
         step = max(1, min(_QUERIES, _HITS // k))
         for start in range(0, count, step):
             for row, hits in enumerate(self._search(queries[start : start + step], k, params), start):
@@ -501,6 +497,10 @@ class FeatureStore:
                 self._load()
             with self._db.asking(doing):
                 return read(*arguments, timeout=self._settings.timeout, **options)
+
+    def _search_parameters(self, k: int) -> dict[str, Any]:
+        index = self._index
+        return {"metric_type": METRIC, "params": search_params(index.type, index.params, self._settings.nprobe, k)}
 
     def _search(self, queries: Float32Array, k: int, params: dict[str, Any]) -> Any:
         return self._reading(
