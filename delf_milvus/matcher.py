@@ -14,7 +14,7 @@ import numpy as np
 from delf_milvus.features import Features, Fingerprint
 from delf_milvus.imaging.decode import RgbImage, Source, decode
 from delf_milvus.imaging.draw import match_picture, save_picture
-from delf_milvus.retrieval.confidence import Calibration, evidence
+from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.matching import match
 from delf_milvus.retrieval.search import Box, Correspondence, Transform, correspondence, keypoints, region
 from delf_milvus.retrieval.verification import verify_many
@@ -119,10 +119,10 @@ class PhotoMatcher:
             residual=verify.residual,
             min_inliers=verify.min_inliers,
         )
-        confidence = float(self.calibration.pair_confidence(evidence([matches], [verification]))[0])
+        confidence = float(self.calibration.pair_confidence([verification.inliers])[0])
         inliers = correspondence(query, image, matches, verification)
         return PairResult(
-            matched=verification.inliers > 0 and confidence >= 1 - verify.max_false_alarm,
+            matched=confidence >= 1 - verify.max_false_alarm,
             inliers=verification.inliers,
             putatives=len(matches.query),
             confidence=confidence,

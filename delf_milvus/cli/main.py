@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -74,6 +75,9 @@ def _quieten(verbose: bool) -> None:
 
 def run() -> None:
     """The console script: every foreseen error becomes one sentence and its exit code."""
+    # oneDNN compiles its kernels for each size of photo and keeps 1024 of them, which is some 20 sizes: folders with
+    # more would compile anew for every photo.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     try:
         app()
     except DelfMilvusError as error:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from delf_milvus.errors import InputError
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.features import Features
 from delf_milvus.ingestion.scan import scan
 from delf_milvus.matcher import PhotoMatcher
-from delf_milvus.retrieval.confidence import Calibration, Survival, evidence
+from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.matching import match
 from delf_milvus.retrieval.search import Timings, judge_candidates, keypoints
 from delf_milvus.retrieval.verification import verify_many
@@ -78,27 +79,27 @@ def calibrate(config: CalibrationConfig, settings: Settings, say: Say = print) -
     filling = extracted(others[:missing])
     say(f"{len(halves[0])} and {len(halves[1])} photos in two halves, {len(filling)} more")
     random = np.random.default_rng(config.seed)
-    answers: list[float] = []
-    pairs: list[float] = []
+    searches: list[npt.NDArray[np.int64]] = []
+    pairs: list[int] = []
     for queries, half in (halves, halves[::-1]):
         stored = [features.top(plan.stored_features) for features in (half + filling)[: config.size]]
         collection = MemoryCollection([str(number) for number in range(len(stored))], stored)
         for number, photo in enumerate(queries, 1):
             query = photo.top(plan.query_features)
             judged = judge_candidates(query, collection, settings.search, settings.verify, Timings())
-            answers.append(float(judged.evidence.max(initial=0)))
+            searches.append(judged.inliers)
             drawn = [stored[i] for i in random.integers(0, len(stored), config.pairs)]
-            pairs += pair_evidence(query, drawn, settings)
+            pairs += pair_inliers(query, drawn, settings)
             if number % 200 == 0:
                 say(f"{number} of {len(queries)} queries")
     try:
-        return Calibration(Survival.fit(answers), Survival.fit(pairs))
+        return Calibration.fit(searches, pairs)
     except ValueError as error:
         raise InputError(f"{config.data} has too few photos: {error}.") from error
 
 
-def pair_evidence(query: Features, images: list[Features], settings: Settings) -> list[float]:
-    """The evidence of single pairs."""
+def pair_inliers(query: Features, images: list[Features], settings: Settings) -> list[int]:
+    """The inliers of single pairs."""
     verify = settings.verify
     matches = [match(query.descriptors, image.descriptors, verify.similarity) for image in images]
     found = verify_many(
@@ -108,4 +109,4 @@ def pair_evidence(query: Features, images: list[Features], settings: Settings) -
         residual=verify.residual,
         min_inliers=verify.min_inliers,
     )
-    return [float(value) for value in evidence(matches, found)]
+    return [verification.inliers for verification in found]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.features import Features
-from delf_milvus.retrieval.confidence import Calibration, evidence
+from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.matching import Matches, match_many
 from delf_milvus.retrieval.ranking import combined_scores
 from delf_milvus.retrieval.verification import Keypoints, Verification, matched_box, verify_many
@@ -150,8 +150,8 @@ class Judgement:
     candidates: list[Candidate]
     verifications: list[Verification]
     matches: list[Matches]
+    inliers: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]
-    evidence: npt.NDArray[np.float64]
 
 
 def judge_candidates(
@@ -185,13 +185,12 @@ def judge_candidates(
         inliers = np.array([v.inliers for v in verifications], np.int64)
         scores = combined_scores(votes.scores[rows], inliers, search.inlier_weight)
         order = np.argsort(-scores, kind="stable")
-        weighed = evidence(matches, verifications)
     return Judgement(
         [candidates[i] for i in order],
         [verifications[i] for i in order],
         [matches[i] for i in order],
+        inliers[order],
         scores[order],
-        weighed[order],
     )
 
 
@@ -211,10 +210,8 @@ def answer(
     query_box: the part of the query photo that was searched for, x0, y0, x1, y1.
     """
     judged = judge_candidates(query, source, search, verify, timings)
-    confidence = calibration.confidence(judged.evidence)
-    verified = (confidence >= 1 - verify.max_false_alarm) & np.array(
-        [v.inliers > 0 for v in judged.verifications], bool
-    )
+    confidence = calibration.confidence(judged.inliers)
+    verified = confidence >= 1 - verify.max_false_alarm
     order = [i for i in range(len(verified)) if verified[i]]
     if include_unverified:
         order += [i for i in range(len(verified)) if not verified[i]]

@@ -46,13 +46,13 @@ def main() -> None:
     confidences = []
     for query in strangers[:: options.every]:
         judged = judge_candidates(query, collection, settings.search, settings.verify, Timings())
-        confidences.append(matcher.calibration.confidence(judged.evidence).max(initial=0.0))
+        confidences.append(matcher.calibration.confidence(judged.inliers).max(initial=0.0))
     wrong = np.array(confidences)
 
     right, sure = [], []
     for name, query in list(zip(ukbench.names, ukbench.features, strict=True))[:: options.every]:
         judged = judge_candidates(query, collection, settings.search, settings.verify, Timings())
-        confidence = matcher.calibration.confidence(judged.evidence)
+        confidence = matcher.calibration.confidence(judged.inliers)
         rest = [i for i, candidate in enumerate(judged.candidates) if candidate.image_id != name]
         best = rest[0]
         right.append(instances[judged.candidates[best].image_id] == instances[name])
