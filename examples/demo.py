@@ -16,6 +16,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 import skimage.data
 from numpy.typing import NDArray
 
@@ -48,7 +49,7 @@ def sample(name: str) -> Image:
     """A photo of scikit-image's package, RGB."""
     folder = Path(skimage.data.__file__).parent
     path = next(folder.glob(f"{name}.*"))
-    return cv2.cvtColor(cv2.imread(str(path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    return np.array(PIL.Image.open(path).convert("RGB"))
 
 
 def warped(photo: Image, to_query: Matrix, size: tuple[int, int]) -> tuple[Image, Matrix]:

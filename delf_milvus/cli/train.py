@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from delf_milvus.cli.state import state_of
+from delf_milvus.errors import InputError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Train a model on photos with image-level labels.")
 
@@ -17,7 +22,21 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the run: config, met
 
 
 def _names(path: Path | None) -> tuple[str, ...]:
-    return tuple(path.read_text().split()) if path else ()
+    if path is None:
+        return ()
+    if not path.is_file():
+        raise InputError(f"There is no file {path} with names to leave out; check --exclude.")
+    return tuple(path.read_text(encoding="utf-8").split())
+
+
+@contextmanager
+def _training_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise
+        raise UsageError("Training needs torchvision: pip install 'delf-milvus[train]'.") from error
 
 
 def _say(line: str) -> None:
@@ -40,8 +59,9 @@ def finetune(
 
     Example: delf-milvus train finetune --data photos/ --init imagenet.npz --out runs/finetune
     """
-    from delf_milvus.training.finetune import FinetuneConfig
-    from delf_milvus.training.finetune import finetune as run
+    with _training_extra():
+        from delf_milvus.training.finetune import FinetuneConfig
+        from delf_milvus.training.finetune import finetune as run
 
     config = FinetuneConfig(
         data=tuple(data),
@@ -73,7 +93,8 @@ def attention(
 
     Example: delf-milvus train attention --data photos/ --init runs/finetune/trunk.safetensors --out runs/attention
     """
-    from delf_milvus.training.attention import AttentionConfig, train_attention
+    with _training_extra():
+        from delf_milvus.training.attention import AttentionConfig, train_attention
 
     config = AttentionConfig(
         data=tuple(data),
@@ -105,7 +126,7 @@ def reduction(
     from delf_milvus.training.reduction import ReductionConfig, fit_reduction
 
     if selection not in ("attention", "norm"):
-        raise typer.BadParameter("selection is attention or norm")
+        raise UsageError(f"--selection is attention or norm, not {selection}.")
     config = ReductionConfig(
         data=tuple(data),
         out=out,
@@ -130,7 +151,6 @@ def calibration(
 
     Example: delf-milvus --model model.safetensors train calibration --data photos/ --out model.calibration.json
     """
-    from delf_milvus.cli.state import state_of
     from delf_milvus.evaluation.calibration import CalibrationConfig, calibrate
 
     settings = state_of(context).load().settings

@@ -52,6 +52,11 @@ class _NotOurs(logging.Filter):
         return not _asking.get()
 
 
+def _unimplemented(record: logging.LogRecord) -> bool:
+    """Drops that the client asked Milvus Lite, in this process, for what it lacks: the client goes on without it."""
+    return not (record.exc_info and record.exc_info[0] is NotImplementedError)
+
+
 _not_ours = _NotOurs()
 _silent = logging.NullHandler()
 
@@ -237,6 +242,7 @@ def _silence() -> None:
     logging.getLogger("milvus_lite.server_manager").addFilter(_not_ours)
     # Milvus Lite's own threads log too: without any handler Python would print that on stderr.
     logging.getLogger("milvus_lite").addHandler(_silent)
+    logging.getLogger("grpc._server").addFilter(_unimplemented)
 
 
 @contextmanager

@@ -589,3 +589,23 @@ def test_describing_rewrites_place_and_metadata_and_leaves_features(store: Featu
     np.testing.assert_array_equal(features.locations, before.locations)
     assert len(list(store.list())) == 2
     assert split_keys(store.neighbours(features.descriptors[:5], 1)[0])[0].ravel().tolist() == [key] * 5
+
+
+def test_writing_and_searching_print_nothing(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from store_samples import MODEL, random_items
+        from delf_milvus.settings import StoreSettings
+        from delf_milvus.store.feature_store import FeatureStore
+        items = random_items(1, 3, 50)
+        with FeatureStore.open({str(tmp_path / "a.db")!r}, "delf", MODEL, StoreSettings()) as store:
+            store.write(items)
+            store.ensure_index()
+            store.neighbours(items[0][1].descriptors, 5)
+            store.delete([items[0][0].image_id])
+        """
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
