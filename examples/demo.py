@@ -9,6 +9,7 @@ that are not in the folder. Prints a table, leaves match pictures, and exits wit
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -129,6 +130,8 @@ def save(path: Path, photo: Image) -> Path:
 
 
 def main() -> int:
+    # Before torch loads: threads that wait by spinning starve the ones that decode and write.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(description="Ingest sample photos, search for distorted views of them.")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for photos, database and pictures")
     out = parser.parse_args().out

@@ -78,6 +78,8 @@ def run() -> None:
     # oneDNN compiles its kernels for each size of photo and keeps 1024 of them, which is some 20 sizes: folders with
     # more would compile anew for every photo.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    # Threads that wait by spinning starve the ones that decode and write, tenfold where other programs run too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except DelfMilvusError as error:

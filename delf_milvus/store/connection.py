@@ -34,6 +34,14 @@ _COLLECTION_NOT_FOUND = 100
 _NOT_LOADED = 101
 _LITE = "milvus_lite-"
 
+# gRPC would send even a loopback connection through a proxy that the environment names; and it would ping the embedded
+# server so often that the server, busy with a long call, hangs up on it.
+_LOOPBACK = {
+    "grpc.enable_http_proxy": 0,
+    "grpc.keepalive_time_ms": 600_000,
+    "grpc.keepalive_permit_without_calls": 0,
+}
+
 _asking: ContextVar[bool] = ContextVar("_asking", default=False)
 _embedded: dict[str, int] = {}
 _embedded_guard = threading.Lock()
@@ -147,10 +155,7 @@ def connect(uri: str, token: str, timeout: float) -> Connection:
         running = path not in _embedded and _is_locked(path)
         try:
             with _asking_milvus(uri, "opening it", patience):
-                # gRPC would send even this loopback connection through a proxy that the environment names.
-                client = MilvusClient(
-                    path, timeout=patience, dedicated=True, grpc_options={"grpc.enable_http_proxy": 0}
-                )
+                client = MilvusClient(path, timeout=patience, dedicated=True, grpc_options=_LOOPBACK)
         except DatabaseError as error:
             if _is_locked(path):
                 raise DatabaseError(

@@ -120,11 +120,13 @@ def main() -> None:
     parser.add_argument("--selection", default="model", choices=("model", "attention", "norm"))
     parser.add_argument("--preset", default="standard", choices=("fast", "standard", "paper"))
     parser.add_argument("--cache", type=Path, default=Path("runs/judge"))
-    parser.add_argument("--quick", action="store_true", help="every fifth object of ukbench, no distractors beside")
+    parser.add_argument("--quick", action="store_true", help="every fifth query only")
+    parser.add_argument("--without", nargs="*", default=[], help="sets of distractors to leave out")
     options = parser.parse_args()
     settings = Settings(extract={"preset": options.preset, "selection": options.selection})
     extractor = Extractor(options.model, settings.extract)
-    sets = {name: load_set(name, options.data, extractor, options.cache) for name in SETS}
+    names = [name for name in SETS if name not in options.without]
+    sets = {name: load_set(name, options.data, extractor, options.cache) for name in names}
     everything = PhotoSet([n for s in sets.values() for n in s.names], [f for s in sets.values() for f in s.features])
     queries = list(truth(everything.names))
     if options.quick:

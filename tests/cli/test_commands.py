@@ -187,8 +187,8 @@ def test_a_locked_database_is_exit_code_3(workplace: Path) -> None:
 
 
 def test_interrupting_ingest_keeps_what_is_stored_and_resumes(tmp_path: Path) -> None:
-    for seed in range(60):
-        save_photo(tmp_path / "photos" / f"{seed:02d}.png", make_photo(seed, 640, 480))
+    for seed in range(80):
+        save_photo(tmp_path / "photos" / f"{seed:02d}.png", make_photo(seed))
     process = subprocess.Popen(
         [*RUN, "--json", "ingest", "photos"],
         cwd=tmp_path,
@@ -200,7 +200,7 @@ def test_interrupting_ingest_keeps_what_is_stored_and_resumes(tmp_path: Path) ->
     deadline = time.monotonic() + 60
     while not (tmp_path / "delf_milvus.db").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(1)
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -208,7 +208,7 @@ def test_interrupting_ingest_keeps_what_is_stored_and_resumes(tmp_path: Path) ->
     assert first["interrupted"] is True
     assert "run the same command again" in err
     second = json.loads(call(tmp_path, "--json", "ingest", "photos").stdout)
-    assert (second["unchanged"], second["added"]) == (first["added"], 60 - first["added"])
+    assert (second["unchanged"], second["added"]) == (first["added"], 80 - first["added"])
 
 
 def test_config_show_says_where_values_come_from(workplace: Path) -> None:
