@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py --out demo
 
-test: $(VENV)/installed-check
+test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
 check: $(VENV)/installed-check

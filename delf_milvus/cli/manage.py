@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,17 @@ def status(context: typer.Context) -> None:
     if state.json:
         data_json(values)
     else:
-        data_table(("what", "value"), values.items())
+        data_table(("what", "value"), _flat(values))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, "-" if value in (None, "") else value))
+    return rows
 
 
 def list_images(
