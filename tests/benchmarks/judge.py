@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 
@@ -121,11 +124,12 @@ def main() -> None:
     parser.add_argument("--preset", default="standard", choices=("fast", "standard", "paper"))
     parser.add_argument("--cache", type=Path, default=Path("runs/judge"))
     parser.add_argument("--quick", action="store_true", help="every fifth query only")
+    parser.add_argument("--alone", action="store_true", help="UKBench without distractors only")
     parser.add_argument("--without", nargs="*", default=[], help="sets of distractors to leave out")
     options = parser.parse_args()
     settings = Settings(extract={"preset": options.preset, "selection": options.selection})
     extractor = Extractor(options.model, settings.extract)
-    names = [name for name in SETS if name not in options.without]
+    names = ["ukbench"] if options.alone else [name for name in SETS if name not in options.without]
     sets = {name: load_set(name, options.data, extractor, options.cache) for name in names}
     everything = PhotoSet([n for s in sets.values() for n in s.names], [f for s in sets.values() for f in s.features])
     queries = list(truth(everything.names))
@@ -133,6 +137,8 @@ def main() -> None:
         queries = queries[::5]
     alone = judge(sets["ukbench"], settings, [q for q in queries if q.startswith("ukbench")])
     print("ukbench alone:", json.dumps(alone["ukbench"]), flush=True)
+    if options.alone:
+        return
     print("with distractors:", json.dumps(judge(everything, settings, queries)), flush=True)
 
 

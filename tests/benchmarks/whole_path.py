@@ -9,10 +9,13 @@ client alone), the peak memory of ingesting, and the N-S score over the queries 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import tempfile
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 
