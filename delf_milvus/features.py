@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from delf_milvus.errors import UsageError
+
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels."""
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -87,11 +93,21 @@ class Features:
             self.height,
         )
 
-    def inside(self, box: tuple[float, float, float, float]) -> Features:
-        """The features whose keypoint lies in the box (x0, y0, x1, y1), borders included."""
-        x, y = self.locations[:, 0], self.locations[:, 1]
-        x0, y0, x1, y1 = box
-        return self.take((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1))
+
+def clipped_box(box: Box | None, width: int, height: int) -> Box:
+    """The part of a box (x0, y0, x1, y1) that lies in a photo, rounded outwards to whole pixels; all of it for None.
+
+    Raises UsageError for a box that leaves nothing of the photo.
+    """
+    if box is None:
+        return 0, 0, width, height
+    if not np.isfinite(box).all():
+        raise UsageError("A box is four finite numbers: x0,y0,x1,y1.")
+    x0, y0 = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
+    x1, y1 = min(width, math.ceil(box[2])), min(height, math.ceil(box[3]))
+    if x0 >= x1 or y0 >= y1:
+        raise UsageError(f"The box leaves nothing of the photo: it must overlap 0,0,{width},{height}, x0<x1, y0<y1.")
+    return x0, y0, x1, y1
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,32 @@ The only file in which model, store and retrieval meet.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from delf_milvus.errors import NotFoundError, UsageError
+from delf_milvus.errors import InputError, NotFoundError, UsageError
+from delf_milvus.features import Box, clipped_box
 from delf_milvus.imaging.decode import Source, decode, one_line, source_digest
 from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
 from delf_milvus.ingestion.scan import read_listing, scan
 from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
-from delf_milvus.retrieval.search import Box, Candidate, SearchResult, Timings, answer
+from delf_milvus.retrieval.search import Candidate, SearchResult, Timings, answer
 from delf_milvus.settings import Settings
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.records import ImageRecord
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
+
+
+log = logging.getLogger(__name__)
 
 
 class DelfIndex:
@@ -58,6 +63,7 @@ class DelfIndex:
         changes = {"collection": collection, "model": None if model is None else str(model)}
         self.settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
         self._matcher = PhotoMatcher(self.settings)
+        self._added = False
         self._store = FeatureStore.open(
             self.settings.uri,
             self.settings.collection,
@@ -126,17 +132,19 @@ class DelfIndex:
             dry_run=dry_run,
             progress=progress,
         )
-        if prune and not report.interrupted:
+        if prune and not report.interrupted and not report.stopped:
             missing = gone(self._store, scanned.roots, report.failures)
             report.removed = len(missing) if dry_run else len(self._store.delete(missing))
         if not dry_run:
             self._store.ensure_index()
+            self._added = False
         return report
 
     def add(self, image: Source, image_id: str, metadata: Mapping[str, Any] | None = None, uri: str = "") -> int:
         """Store one photo (path, bytes, PIL image or RGB uint8 array (H, W, 3)), replacing what has its id.
 
-        Returns the number of features stored. Raises ImageError when it cannot be decoded, InputError for an id or
+        The index of the descriptors is brought up to date by the next `ingest` or by `close`. Returns the number of
+        features stored. Raises ImageError when it cannot be decoded, InputError for an id or
         metadata that cannot be stored, DatabaseError.
         """
         extractor = self._matcher.extractor
@@ -149,6 +157,7 @@ class DelfIndex:
             metadata=dict(metadata or {}),
         )
         self._store.write([(record, features)])
+        self._added = True
         return len(features)
 
     def search(
@@ -185,7 +194,7 @@ class DelfIndex:
                 self.settings.verify,
                 self._matcher.calibration,
                 timings,
-                query_box=box or (0.0, 0.0, float(features.width), float(features.height)),
+                query_box=clipped_box(box, features.width, features.height),
                 include_unverified=include_unverified,
             )
         return SearchResult(
@@ -201,22 +210,27 @@ class DelfIndex:
         """Compare two photos; the database is not used. Raises ImageError."""
         return self._matcher.match(first, second)
 
-    def draw_hits(self, image: Source, result: SearchResult, folder: str | Path) -> list[Path]:
+    def draw_hits(self, photo: Source, result: SearchResult, folder: str | Path) -> list[Path]:
         """Write one match picture for each hit into `folder`; returns their paths.
 
-        A hit whose photo is no longer where it was ingested from gets no picture. Raises InputError for a folder
-        that cannot be written.
+        A hit whose photo is no longer where it was ingested from, or is no photo any more, gets no picture. Raises
+        InputError for a folder that cannot be written.
         """
-        query = self._matcher.decode(image)
+        query = self._matcher.decode(photo)
         pictures = []
         for hit in result.hits:
             path = Path(hit.uri)
-            if not hit.uri or not path.is_file():
+            if not hit.uri:
+                continue
+            try:
+                image = decode(path, self.settings.decode)
+            except InputError as error:
+                log.warning("no picture of hit %d: %s", hit.rank, error)
                 continue
             out = Path(folder) / f"{hit.rank:03d}_{_file_name(hit.image_id)}.png"
             verdict = "verified" if hit.verified else "not verified"
             caption = f"{hit.image_id}: {hit.inliers} inliers, confidence {hit.confidence:.4f}, {verdict}"
-            draw_match(query, decode(path, self.settings.decode), hit.correspondence, hit.transform, caption, out)
+            draw_match(query, image, hit.correspondence, hit.transform, caption, out)
             pictures.append(out)
         return pictures
 
@@ -240,8 +254,12 @@ class DelfIndex:
         return asdict(self._store.status())
 
     def close(self) -> None:
-        """Release the database, unless its client was handed in."""
-        self._store.close()
+        """Bring the index up to date if photos were added, and release the database unless its client was handed in."""
+        try:
+            if self._added:
+                self._store.ensure_index()
+        finally:
+            self._store.close()
 
     def __enter__(self) -> DelfIndex:
         return self
@@ -269,5 +287,6 @@ class _StoreSource:
 
 
 def _file_name(image_id: str) -> str:
-    stem = str(PurePosixPath(image_id).with_suffix(""))
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)[-80:]
+    stem = image_id.rpartition(".")[0] or image_id
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)
+    return safe.encode()[-150:].decode(errors="ignore")

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from delf_milvus.features import Features, Fingerprint
+from delf_milvus.features import Box, Features, Fingerprint
 from delf_milvus.imaging.decode import RgbImage, Source, decode
 from delf_milvus.imaging.draw import match_picture, save_picture
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.matching import match
-from delf_milvus.retrieval.search import Box, Correspondence, Transform, correspondence, keypoints, region
+from delf_milvus.retrieval.search import Correspondence, Transform, correspondence, keypoints, region
 from delf_milvus.retrieval.verification import verify_many
 from delf_milvus.settings import Settings
 

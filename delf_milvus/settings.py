@@ -6,6 +6,7 @@ a TOML file, the defaults here.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -150,7 +151,9 @@ class Settings(BaseSettings):
         env_prefix="DELF_MILVUS_", env_nested_delimiter="__", env_file=".env", extra="forbid", frozen=True
     )
 
-    uri: str = Field("delf_milvus.db", description="Path of an embedded database, or http(s)://host:port.")
+    uri: str = Field(
+        "delf_milvus.db", description="Path, ending in .db, of an embedded database; or http(s)://host:port."
+    )
     token: SecretStr = Field(SecretStr(""), description="Token, or user:password, of a server.")
     collection: str = Field("delf", description="Name that both collections start with.")
     model: str = Field("bundled", description='Weight file (.safetensors), or "bundled".')
@@ -181,10 +184,11 @@ class LoadedSettings:
     settings: Settings
     sources: dict[str, str]
 
-    def rows(self) -> list[tuple[str, str, str]]:
+    def rows(self) -> list[tuple[str, Any, str]]:
         """(name, value, source) of every setting; secrets masked."""
-        values = _leaves(self.settings.model_dump())
-        return [(name, str(value), self.sources.get(name, "default")) for name, value in values.items()]
+        values = _leaves(self.settings.model_dump(mode="json"))
+        values["uri"] = re.sub(r"//[^/@]*@", "//**********@", values["uri"])
+        return [(name, value, self.sources.get(name, "default")) for name, value in values.items()]
 
 
 def load(flags: dict[str, Any] | None = None, config: Path | None = None) -> LoadedSettings:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delf_milvus.features import MAX_FEATURES, Features, Fingerprint
+from delf_milvus.errors import UsageError
+from delf_milvus.features import MAX_FEATURES, Features, Fingerprint, clipped_box
 
 
 def features(count: int = 10, seed: int = 0) -> Features:
@@ -55,14 +56,19 @@ def test_top_keeps_the_first_and_never_fails() -> None:
     assert len(features(0).top(3)) == 0
 
 
-@given(st.tuples(*[st.floats(-10, 110)] * 4))
-def test_inside_keeps_exactly_the_keypoints_in_the_box(box: tuple[float, float, float, float]) -> None:
-    all_features = features(200)
-    kept = {tuple(p) for p in all_features.inside(box).locations.tolist()}
-    expected = {
-        (x, y) for x, y in all_features.locations.tolist() if box[0] <= x <= box[2] and box[1] <= y <= box[3]
-    }  # fmt: skip
-    assert kept == expected
+@given(st.tuples(*[st.floats(-1e300, 1e300)] * 4))
+def test_a_clipped_box_lies_in_the_photo_and_covers_what_the_box_covers_of_it(
+    box: tuple[float, float, float, float],
+) -> None:
+    try:
+        x0, y0, x1, y1 = clipped_box(box, 100, 60)
+    except UsageError:
+        assert min(box[2], 100) <= max(box[0], 0) or min(box[3], 60) <= max(box[1], 0)
+    else:
+        assert 0 <= x0 < x1 <= 100
+        assert 0 <= y0 < y1 <= 60
+        assert x0 <= max(box[0], 0) < x0 + 1
+        assert y1 >= min(box[3], 60) > y1 - 1
 
 
 FINGERPRINT = Fingerprint("ab" * 32, "attention", 40, 640, (0.5, 1.0), 16)

@@ -149,6 +149,24 @@ def test_match_pictures_are_written_and_skipped_where_the_photo_has_gone(
     assert own.draw_hits(query, own.search(query), tmp_path / "none") == []
 
 
+@pytest.mark.parametrize("image_id", [".", "/", "a/../b.png", "😀" * 200, "x" * 900 + ".jpg"])
+def test_any_id_gives_a_picture_a_name_that_a_folder_takes(own: DelfIndex, tmp_path: Path, image_id: str) -> None:
+    path = save_photo(tmp_path / "stored.png", make_photo(3))
+    own.add(path, image_id)
+    query = cropped(3)
+    (picture,) = own.draw_hits(query, own.search(query), tmp_path / "out")
+    assert picture.parent == tmp_path / "out"
+    assert picture.is_file()
+
+
+def test_a_stored_photo_that_was_damaged_since_loses_its_picture_only(own: DelfIndex, tmp_path: Path) -> None:
+    path = save_photo(tmp_path / "stored.png", make_photo(3))
+    own.add(path, "stored")
+    result = own.search(cropped(3))
+    path.write_bytes(b"no photo")
+    assert own.draw_hits(cropped(3), result, tmp_path / "out") == []
+
+
 def test_add_replaces_and_keeps_metadata(own: DelfIndex) -> None:
     own.add(make_photo(1), "one", {"place": "Hội An", "year": 2020})
     record = own.show("one")

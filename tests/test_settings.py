@@ -16,7 +16,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def source_of(name: str, **arguments: object) -> tuple[str, str]:
+def source_of(name: str, **arguments: object) -> tuple[object, str]:
     rows = {row[0]: row[1:] for row in load(**arguments).rows()}  # type: ignore[arg-type]
     return rows[name]
 
@@ -24,14 +24,14 @@ def source_of(name: str, **arguments: object) -> tuple[str, str]:
 def test_flag_over_environment_over_dotenv_over_file_over_default(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert source_of("search.top") == ("10", "default")
+    assert source_of("search.top") == (10, "default")
     (empty_folder / "delf_milvus.toml").write_text("[search]\ntop = 1\n")
-    assert source_of("search.top") == ("1", "delf_milvus.toml")
+    assert source_of("search.top") == (1, "delf_milvus.toml")
     (empty_folder / ".env").write_text("DELF_MILVUS_SEARCH__TOP=2\nOTHER_PROGRAM=3\n")
-    assert source_of("search.top") == ("2", ".env")
+    assert source_of("search.top") == (2, ".env")
     monkeypatch.setenv("DELF_MILVUS_SEARCH__TOP", "3")
-    assert source_of("search.top") == ("3", "environment")
-    assert source_of("search.top", flags={"search": {"top": 4}}) == ("4", "flag")
+    assert source_of("search.top") == (3, "environment")
+    assert source_of("search.top", flags={"search": {"top": 4}}) == (4, "flag")
 
 
 def test_sources_are_merged_value_by_value(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +93,7 @@ def test_a_bad_environment_value_names_its_source(monkeypatch: pytest.MonkeyPatc
 def test_secrets_are_masked() -> None:
     rows = load({"token": "root:hunter2"}).rows()
     assert "hunter2" not in str(rows)
+    assert "hunter3" not in str(load({"uri": "http://root:hunter3@host:1"}).rows())
     assert load({"token": "root:hunter2"}).settings.token.get_secret_value() == "root:hunter2"
 
 

@@ -26,4 +26,4 @@ def show(context: typer.Context) -> None:
     if state.json:
         data_json({name: {"value": value, "source": source} for name, value, source in rows})
     else:
-        data_table(("setting", "value", "source"), rows)
+        data_table(("setting", "value", "source"), ((name, "-" if v is None else v, s) for name, v, s in rows))

@@ -46,7 +46,7 @@ def ingest(
 
 def _tell(report: IngestReport, json: bool, quiet: bool, dry_run: bool) -> None:
     for failure in report.failures:
-        say(f"failed: {printable(failure.path)}: {printable(failure.error)}")
+        say(f"failed: {printable(failure.error)}")
     if not quiet:
         for image_id in report.sparse:
             say(f"few features: {printable(image_id)} is stored, but has too few features to be found reliably")

@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Find the photos that show the same thing, with proof: DELF local features on Milvus.",
     epilog=(
         "Exit codes: 0 done, or a match; 1 no match, or some files failed; 2 usage; 3 database unreachable; "
-        "4 collection and model do not fit; 5 unreadable input."
+        "4 collection and model do not fit; 5 unreadable input; 130 interrupted."
     ),
 )
 app.command("ingest")(ingest.ingest)
@@ -45,7 +45,8 @@ def _version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     uri: Annotated[
-        str | None, typer.Option(help="Database: a path (embedded) or http(s)://host:port. Default: delf_milvus.db")
+        str | None,
+        typer.Option(help="A path ending in .db (embedded) or http(s)://host:port. Default: delf_milvus.db"),
     ] = None,
     token: Annotated[str | None, typer.Option(help="Token, or user:password, of a server.")] = None,
     collection: Annotated[str | None, typer.Option(help="Name of the collection. Default: delf")] = None,
@@ -62,14 +63,15 @@ def root(
     context.obj = State(
         {name: value for name, value in flags.items() if value is not None}, config, json, quiet, verbose
     )
-    _quieten(verbose)
+    _set_up_logging(quiet, verbose)
 
 
-def _quieten(verbose: bool) -> None:
+def _set_up_logging(quiet: bool, verbose: bool) -> None:
     """Log our own remarks only: what libraries say of damaged photos or of their connection reaches the user as an
     error of ours, or does not matter."""
     logging.basicConfig(level=logging.CRITICAL, format="%(levelname)s: %(message)s")
-    logging.getLogger("delf_milvus").setLevel(logging.INFO if verbose else logging.WARNING)
+    level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+    logging.getLogger("delf_milvus").setLevel(level)
     warnings.filterwarnings("ignore", module="PIL")
 
 

@@ -17,7 +17,8 @@ def printable(text: object) -> str:
 
 def data_json(value: Any) -> None:
     """Print one JSON object on stdout."""
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    # ASCII: control characters of file names stay escaped, and any terminal or pipe takes it.
+    typer.echo(json.dumps(value, indent=2))
 
 
 def data_line(text: str = "") -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from delf_milvus.cli.output import data_json, data_line, data_table, printable, say
 from delf_milvus.cli.state import Stages, state_of
 from delf_milvus.errors import UsageError
+
+if TYPE_CHECKING:
+    from delf_milvus.retrieval.search import SearchResult
 
 
 def _box(text: str | None) -> tuple[float, float, float, float] | None:
@@ -45,8 +48,19 @@ def search(
     stages: Stages = {"search": {"top": top, "candidates": candidates, "mode": mode}, "extract": {"preset": preset}}
     with state.open(stages) as index:
         result = index.search(image, box=_box(box), include_unverified=include_unverified)
+        _tell(result, state.json)
         pictures = index.draw_hits(image, result, out) if out is not None else []
-    if state.json:
+    if not state.quiet:
+        for picture in pictures:
+            say(f"picture: {printable(picture)}")
+        if state.verbose:
+            say("seconds: " + ", ".join(f"{step} {s:.3f}" for step, s in result.to_dict()["timings"].items()))
+    if not result.matched:
+        raise typer.Exit(1)
+
+
+def _tell(result: SearchResult, json: bool) -> None:
+    if json:
         data_json(result.to_dict())
     elif not result.query_features:
         data_line("no match: the photo has no features")
@@ -70,13 +84,6 @@ def search(
                     for hit in result.hits
                 ),
             )
-    if not state.quiet:
-        for picture in pictures:
-            say(f"picture: {printable(picture)}")
-        if state.verbose:
-            say("seconds: " + ", ".join(f"{step} {s:.3f}" for step, s in result.to_dict()["timings"].items()))
-    if not result.matched:
-        raise typer.Exit(1)
 
 
 def match(

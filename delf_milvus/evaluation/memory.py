@@ -16,7 +16,7 @@ LISTS_VISITED = 1 / 32
 
 
 class MemoryCollection:
-    """Images by number, in the order given; a `Source` for the search.
+    """Images by number, in the order given; a `CandidateSource` for the search.
 
     names: image ids. features: their stored features, all of one dimension.
     """

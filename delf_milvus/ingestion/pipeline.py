@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -19,6 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import cv2
 
 from delf_milvus.errors import InputError
 from delf_milvus.features import Features, Fingerprint
@@ -31,6 +34,8 @@ from delf_milvus.store.records import ImageRecord, checked
 if TYPE_CHECKING:
     from delf_milvus.model.extractor import Extractor
 
+log = logging.getLogger(__name__)
+
 SPARSE = 10
 """Features below which an image can hardly be verified: such images are stored, and said."""
 
@@ -42,7 +47,7 @@ class IngestReport:
     """What an ingest did; the fields of `--json`.
 
     sparse: ids of images that are stored but have too few features to be found reliably.
-    interrupted: stopped by Ctrl-C before the end.
+    interrupted: ended by Ctrl-C. stopped: ended at the first failure, as the settings ask.
     """
 
     added: int = 0
@@ -54,6 +59,7 @@ class IngestReport:
     features: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    stopped: bool = False
 
     @property
     def failed(self) -> int:
@@ -73,6 +79,7 @@ class IngestReport:
             "features": self.features,
             "seconds": round(self.seconds, 3),
             "interrupted": self.interrupted,
+            "stopped": self.stopped,
         }
 
 
@@ -122,10 +129,11 @@ def ingest_photos(
     known = store.records([photo.image_id for photo in scanned.photos])
     stop_at_failure = settings.ingest.on_error == "stop"
     if stop_at_failure and report.failures:
+        report.stopped = True
         return report
     extracted = 0
-    moved: list[ImageRecord] = []
     writer = _Writer(store)
+    run = _Run(report, writer, load_extractor, dry_run)
 
     def tell(done: int) -> None:
         if progress is not None:
@@ -141,26 +149,11 @@ def ingest_photos(
             tell(0)
             for done, (photo, future) in enumerate(zip(scanned.photos, prepared, strict=True), 1):
                 try:
-                    item = future.result()
-                    if item.pixels is None:
-                        report.unchanged += not item.moved
-                        report.updated += item.moved
-                        if item.moved:
-                            moved.append(item.record)
-                    else:
-                        if not dry_run:
-                            extractor = load_extractor()
-                            features = extractor.extract(item.pixels, extractor.plan.stored_features)
-                            writer.put(item.record, features)
-                            report.features += len(features)
-                            if len(features) < SPARSE:
-                                report.sparse.append(photo.image_id)
-                        extracted += 1
-                        report.updated += item.is_update
-                        report.added += not item.is_update
+                    extracted += run.take(future.result())
                 except InputError as error:
                     report.failures.append(Failure(str(photo.path), str(error)))
                     if stop_at_failure:
+                        report.stopped = True
                         break
                 tell(done)
         except KeyboardInterrupt:
@@ -168,9 +161,50 @@ def ingest_photos(
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     if not dry_run:
-        store.describe(moved)
+        store.describe(run.moved)
     report.seconds = time.monotonic() - started
+    log.info("ingested %d photos, %.1f extracted a second", len(scanned.photos), extracted / max(report.seconds, 1e-9))
     return report
+
+
+@dataclass
+class _Run:
+    """What happens to each prepared photo, and the counts of it."""
+
+    report: IngestReport
+    writer: _Writer
+    load_extractor: Callable[[], Extractor]
+    dry_run: bool
+    moved: list[ImageRecord] = field(default_factory=list)
+
+    def take(self, item: _Prepared) -> bool:
+        """Extract and hand over a photo; whether it needed extraction. Raises InputError."""
+        report = self.report
+        if item.pixels is None:
+            report.unchanged += not item.moved
+            report.updated += item.moved
+            if item.moved:
+                self.moved.append(item.record)
+            return False
+        if not self.dry_run:
+            features = self._extract(item.record, item.pixels)
+            self.writer.put(item.record, features)
+            report.features += len(features)
+            if len(features) < SPARSE:
+                report.sparse.append(item.record.image_id)
+        report.updated += item.is_update
+        report.added += not item.is_update
+        return True
+
+    def _extract(self, record: ImageRecord, pixels: RgbImage) -> Features:
+        extractor = self.load_extractor()
+        try:
+            return extractor.extract(pixels, extractor.plan.stored_features)
+        except (ValueError, RuntimeError, MemoryError, cv2.error) as error:
+            # One photo that exhausts memory or breaks a kernel must not end a run over a million others.
+            log.info("extraction failed", exc_info=error)
+            reason = one_line(str(error).partition("\n")[0] or type(error).__name__)
+            raise InputError(f"{one_line(record.uri)} cannot be extracted: {reason}.") from error
 
 
 def gone(store: FeatureStore, roots: list[Path], failures: list[Failure]) -> list[str]:

@@ -27,8 +27,6 @@ _OTHERS = {".png", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".a
 SUFFIXES = frozenset(_JPEG | _OTHERS)
 """What a file in a folder must end with, in any case, to be taken as a photo."""
 
-"""Most UTF-8 bytes of an image id."""
-
 MAX_LISTING_BYTES = 1 << 28
 """Most bytes of a listing."""
 

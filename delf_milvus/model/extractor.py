@@ -15,15 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from delf_milvus.errors import ModelError, UsageError
-from delf_milvus.features import Features, Fingerprint
+from delf_milvus.errors import ModelError
+from delf_milvus.features import Box, Features, Fingerprint, clipped_box
 from delf_milvus.model import weights
 from delf_milvus.model.delf import Selection
 from delf_milvus.model.runtime import prepare, resolve_dtype
 from delf_milvus.settings import ExtractSettings
 
 RgbImage = npt.NDArray[np.uint8]
-Box = tuple[float, float, float, float]
 
 
 class Extractor:
@@ -63,7 +62,7 @@ class Extractor:
         Raises UsageError for a box that leaves nothing of the photo.
         """
         height, width = photo.shape[:2]
-        x0, y0, x1, y1 = _clipped(box, width, height)
+        x0, y0, x1, y1 = map(int, clipped_box(box, width, height))
         region = photo[y0:y1, x0:x1]
         plan = self.plan
         shrink = min(1.0, plan.longest_side / max(region.shape[:2]))
@@ -104,20 +103,6 @@ class Extractor:
             locations,
             np.full(rows * columns, 1 / scale, np.float32),
         )
-
-
-def _clipped(box: Box | None, width: int, height: int) -> tuple[int, int, int, int]:
-    if box is None:
-        return 0, 0, width, height
-    if not np.isfinite(box).all():
-        raise UsageError("A box is four finite numbers: x0,y0,x1,y1.")
-    x0, y0 = max(0, int(np.floor(box[0]))), max(0, int(np.floor(box[1])))
-    x1, y1 = min(width, int(np.ceil(box[2]))), min(height, int(np.ceil(box[3])))
-    if x0 >= x1 or y0 >= y1:
-        raise UsageError(
-            f"The box leaves nothing of the photo: it must overlap 0,0,{width},{height} with x0<x1, y0<y1."
-        )
-    return x0, y0, x1, y1
 
 
 def _no_features(dim: int, width: int, height: int) -> Features:

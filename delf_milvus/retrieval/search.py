@@ -1,7 +1,7 @@
 """The search of one query photo: vote, fetch, match, verify, rank, judge.
 
-The database is behind two calls (`Source`), so that the same search runs over Milvus, over arrays in memory and over
-whatever a test needs.
+The database is behind two calls (`CandidateSource`), so that the same search runs over Milvus, over arrays in memory
+and over whatever a test needs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from delf_milvus.features import Features
+from delf_milvus.features import Box, Features
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.matching import Matches, match_many
 from delf_milvus.retrieval.ranking import combined_scores
@@ -23,7 +23,6 @@ from delf_milvus.retrieval.verification import Keypoints, Verification, matched_
 from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import SearchSettings, VerifySettings
 
-Box = tuple[float, float, float, float]
 Transform = list[list[float]]
 
 
@@ -36,7 +35,7 @@ class Candidate:
     features: Features
 
 
-class Source(Protocol):
+class CandidateSource(Protocol):
     """Where neighbours and candidates come from."""
 
     def neighbours(
@@ -155,7 +154,7 @@ class Judgement:
 
 
 def judge_candidates(
-    query: Features, source: Source, search: SearchSettings, verify: VerifySettings, timings: Timings
+    query: Features, source: CandidateSource, search: SearchSettings, verify: VerifySettings, timings: Timings
 ) -> Judgement:
     """Find, match and verify the candidates of a query."""
     with timings.measure("neighbours"):
@@ -196,7 +195,7 @@ def judge_candidates(
 
 def answer(
     query: Features,
-    source: Source,
+    source: CandidateSource,
     search: SearchSettings,
     verify: VerifySettings,
     calibration: Calibration,

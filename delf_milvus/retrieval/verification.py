@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from delf_milvus.features import Box
 from delf_milvus.retrieval.matching import Matches, single_blas_thread
 
 Float32Array = npt.NDArray[np.float32]
@@ -27,7 +28,6 @@ Float64Array = npt.NDArray[np.float64]
 ComplexArray = npt.NDArray[np.complex128]
 IntArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
-Box = tuple[float, float, float, float]
 
 FRAME = 640.0
 """Longest side, in pixels, of the frame in which lengths are compared."""

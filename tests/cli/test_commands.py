@@ -121,6 +121,7 @@ def test_failures_are_listed_and_exit_code_1(tmp_path: Path) -> None:
     assert result.stdout.startswith("1 added")
     (failure,) = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
     assert r"new\nline\x1b[31m.jpg" in failure
+    assert call(tmp_path, "--json", "ingest", "photos").stdout.isascii()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_config_show_says_where_values_come_from(workplace: Path) -> None:
     values = json.loads(result.stdout)
     assert values["uri"] == {"value": "x.db", "source": "flag"}
     assert values["extract.preset"] == {"value": "fast", "source": "environment"}
-    assert values["search.top"]["source"] == "default"
+    assert values["search.top"] == {"value": 10, "source": "default"}
     assert "hunter2" not in result.stdout
 
 

@@ -94,6 +94,35 @@ def test_on_error_stop_ends_at_the_first_failure_and_keeps_what_was_stored(tmp_p
         assert ids(index) == ["0.png", "1.png", "2.png"]
 
 
+def test_a_stopped_run_prunes_nothing(tmp_path: Path, photos: Path) -> None:
+    settings = FAST.model_copy(update={"ingest": FAST.ingest.model_copy(update={"on_error": "stop"})})
+    with DelfIndex.open(tmp_path / "stop.db", settings=settings) as index:
+        index.ingest([photos])
+        (photos / "0.png").unlink()
+        (photos / "1.png").write_bytes(b"no photo")
+        report = index.ingest([photos], prune=True)
+        assert (report.stopped, report.removed) == (True, 0)
+        assert "0.png" in ids(index)
+
+
+def test_a_photo_that_breaks_the_network_is_listed_and_stops_nothing(
+    index: DelfIndex, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extractor = index._matcher.extractor
+    whole = extractor.extract
+
+    def fails_once(pixels, count, box=None):  # type: ignore[no-untyped-def]
+        monkeypatch.setattr(extractor, "extract", whole)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore of it")
+
+    monkeypatch.setattr(extractor, "extract", fails_once)
+    report = index.ingest([photos])
+    assert (report.added, report.failed) == (3, 1)
+    assert "allocate memory" in report.failures[0].error
+    assert "\n" not in report.failures[0].error
+    assert index.ingest([photos]).added == 1
+
+
 def test_ctrl_c_keeps_what_is_extracted_and_the_next_run_goes_on(index: DelfIndex, photos: Path) -> None:
     def interrupt(progress: Progress) -> None:
         if progress.done == 2:
