@@ -120,7 +120,7 @@ def ingest_photos(
 ) -> IngestReport:
     """Store the scanned photos; the report counts what happened to each.
 
-    load_extractor: called for the first photo that needs extraction; a run that changes nothing loads no network.
+    load_extractor: called when a photo needs extraction.
 
     Raises DatabaseError when the database fails.
     """

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from delf_milvus.errors import ModelError
 from delf_milvus.model.delf import Delf, ModelSpec
@@ -78,10 +80,10 @@ def read(path: Path) -> tuple[ModelSpec, dict[str, Tensor], dict[str, Any]]:
             header = json.loads(metadata[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         spec = ModelSpec.from_dict(header["spec"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is not a delf-milvus weight file ({error}).") from error
     floating = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    return spec, floating, header["notes"]
+    return spec, floating, header.get("notes", {})
 
 
 def load(path: Path) -> Delf:
@@ -91,30 +93,40 @@ def load(path: Path) -> Delf:
     """
     spec, tensors, _ = read(path)
     network = Delf(spec)
+    _fill(network, tensors, path)
+    return network.eval()
+
+
+def _fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load the tensors, all that the network has and no other; raises ModelError."""
     try:
         missing, unexpected = network.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise ModelError(f"{path} holds tensors of another shape than its specification says.") from error
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in unexpected if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        first = (missing + unexpected)[0]
-        raise ModelError(f"{path} does not hold the tensors that its specification says (first: {first}).")
-    return network.eval()
+    # BatchNorm counts batches, which nothing here reads and other software leaves out.
+    different = [name for name in missing + unexpected if not name.endswith("num_batches_tracked")]
+    if different:
+        raise ModelError(f"{path} does not hold the tensors that its specification says (first: {different[0]}).")
 
 
 def initial_trunk(path: Path) -> Trunk:
     """A trunk to start training from: one of our weight files, or GluonCV's resnet50_v2 as .npz.
 
-    Raises ModelError for anything else.
+    Raises ModelError for anything else, and for a file without the whole trunk.
     """
     if path.suffix == ".npz":
         return _trunk_from_gluon(path)
     spec, tensors, _ = read(path)
     trunk = Trunk(spec.trunk)
     own = {name.removeprefix("trunk."): t for name, t in tensors.items() if name.startswith("trunk.")}
-    trunk.load_state_dict(own, strict=False)
+    _fill(trunk, own, path)
     return trunk
+
+
+_UNREADABLE = (
+    *(OSError, EOFError, zipfile.BadZipFile, zlib.error),  # cut short, or damaged
+    *(ValueError, TypeError, AttributeError, RuntimeError),  # whole, but no archive of arrays of numbers
+)
 
 
 def _trunk_from_gluon(path: Path) -> Trunk:
@@ -124,8 +136,8 @@ def _trunk_from_gluon(path: Path) -> Trunk:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: torch.from_numpy(archive[name]) for name in archive.files}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not a readable .npz file ({error}).") from error
+    except _UNREADABLE as error:
+        raise ModelError(f"{path} is not a readable .npz file; check --init, or download it again.") from error
     state: dict[str, Tensor] = {}
 
     def batchnorm(target: str, source: str) -> None:
@@ -152,5 +164,8 @@ def _trunk_from_gluon(path: Path) -> Trunk:
     except KeyError as error:
         raise ModelError(f"{path} lacks {error}: it is not GluonCV's resnet50_v2.") from error
     trunk = Trunk(spec)
-    trunk.load_state_dict(state, strict=False)
+    try:
+        _fill(trunk, state, path)
+    except ModelError as error:
+        raise ModelError(f"{path} holds layers of another shape: it is not GluonCV's resnet50_v2.") from error
     return trunk

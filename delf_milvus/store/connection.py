@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -254,20 +254,42 @@ def _silence() -> None:
 def _without_clustering_warnings() -> Iterator[None]:
     """Hold back faiss's advice about training points while Milvus Lite builds an index in this process.
 
-    faiss prints it from C for every small segment and has no switch for it. Everything else that reaches file
-    descriptor 2 meanwhile is passed on afterwards.
+    faiss prints it from C for every small segment and has no switch for it. So file descriptor 2 of the whole process,
+    all its threads included, is redirected to a temporary file meanwhile; everything else that reaches it is passed on
+    afterwards. In a process without stderr nothing is touched: descriptor 2 is closed, or some other file by now.
     """
-    sys.stderr.flush()
-    with _stderr_guard, tempfile.TemporaryFile() as held:
-        kept = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        try:
+    with _stderr_guard:
+        kept = _duplicate_stderr()
+        if kept is None:
             yield
+            return
+        try:
+            with tempfile.TemporaryFile() as held:
+                _flush_stderr()
+                os.dup2(held.fileno(), 2)
+                try:
+                    yield
+                finally:
+                    _flush_stderr()
+                    os.dup2(kept, 2)
+                    held.seek(0)
+                    for line in held:
+                        if not line.startswith(b"WARNING clustering "):
+                            os.write(kept, line)
         finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            held.seek(0)
-            for line in held:
-                if not line.startswith(b"WARNING clustering "):
-                    os.write(kept, line)
             os.close(kept)
+
+
+def _duplicate_stderr() -> int | None:
+    """A second descriptor of this process's stderr; None where it was started without, or has closed it."""
+    try:
+        # Where 2 was closed, it is soon a file that this process opened, and such files are not inheritable.
+        return os.dup(2) if sys.stderr is not None and os.get_inheritable(2) else None
+    except OSError:
+        return None
+
+
+def _flush_stderr() -> None:
+    # A stream that is closed, or that cannot be written, has nothing to lose.
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()

@@ -5,6 +5,7 @@ Invariants, which hold after a crash at any point:
 - An image exists if and only if its row in the images collection does, and then all its features are there.
 - The features of one image, row or no row, have the ordinals 0 to m - 1 without a gap: features are written in rising
   and deleted in falling order. So one look at ordinal n tells whether an earlier, larger version left anything beyond.
+- A collection that a crash left without its index has one again before it is loaded.
 
 Similarities are inner products of unit vectors; larger is nearer. A neighbour whose image has no row (a crash came
 between) is to be ignored.
@@ -87,6 +88,10 @@ class _Index(NamedTuple):
     state: str
 
 
+_NO_INDEX = _Index("none", {}, "no index")
+_FLAT = IndexProfile("FLAT", "FLAT")
+
+
 class FeatureStore:
     """Writes, finds and reads the images of one index. Safe to search from many threads; writes queue up.
 
@@ -107,6 +112,8 @@ class FeatureStore:
         self._collection = collection
         self._features = collection + schema.FEATURES_SUFFIX
         self._images = collection + schema.IMAGES_SUFFIX
+        self._feature_vectors = (self._features, "descriptor")
+        self._image_vectors = (self._images, "global_descriptor")
         self._fingerprint = fingerprint
         self._settings = settings
         self._max_features = max_features
@@ -314,7 +321,7 @@ class FeatureStore:
         """What there is, counted now."""
         facts = self._attach()
         images, features = (self.count_images(), self.count_features()) if facts else (0, 0)
-        index = self._described_index() if facts else _Index("none", {}, "no collection")
+        index = self._described_index(*self._feature_vectors) if facts else _Index("none", {}, "no collection")
         wanted = self._profile(features)
         return StoreStatus(
             backend=self._db.version,
@@ -336,12 +343,20 @@ class FeatureStore:
         """Give the features the index that their number and the settings ask for, and make all of them searchable.
 
         Called at the end of an ingest. Searches from other threads or processes wait or see an error while an index is
-        exchanged. Raises DatabaseError.
+        exchanged, which goes so:
+
+        1. release the features and flush them, which may take long,
+        2. drop the old index, if there is one,
+        3. create the new one; a crash before this leaves no index, and the next opening or call creates one,
+        4. load the features.
+
+        Raises DatabaseError.
         """
         with self._db.write_lock, self._db.building():
             if self._attach() is None:
                 return
             wanted = self._profile(self.count_features())
+            self._index = self._described_index(*self._feature_vectors)
             changes = not wanted.fits(self._index.type, self._index.params)
             if not changes and not self._written:
                 return
@@ -349,18 +364,14 @@ class FeatureStore:
                 # Milvus Lite indexes in the background what is flushed while loaded, and says nothing when it is done.
                 with self._db.asking("releasing the features"):
                     self._client.release_collection(self._features, timeout=self._settings.timeout)
-            if changes:
-                with self._db.asking("dropping the old index"):
-                    self._client.drop_index(self._features, "descriptor", timeout=self._settings.timeout)
             with self._db.asking("flushing the features"):
                 self._client.flush(self._features, timeout=_BUILD_SECONDS)
+            if changes and self._index.type != _NO_INDEX.type:
+                with self._db.asking("dropping the old index"):
+                    self._client.drop_index(*self._feature_vectors, timeout=self._settings.timeout)
             if changes:
-                with self._db.asking(f"building the index {wanted.index_type}"):
-                    self._client.create_index(
-                        self._features, self._index_params("descriptor", wanted), timeout=_BUILD_SECONDS
-                    )
+                self._build_index(*self._feature_vectors, wanted)
             self._load()
-            self._index = self._described_index()
             self._written = False
 
     def list(
@@ -398,7 +409,6 @@ class FeatureStore:
                 self._facts = self._checked(name, described.get("properties") or {})
             if len(present) < len(names):
                 return None
-            self._index = self._described_index()
         self._load()
         self._ready = True
         return self._facts
@@ -436,8 +446,7 @@ class FeatureStore:
             chunks = self._facts.chunks if self._facts else chunks_needed(self._max_features, fingerprint.dim)
             made = CollectionFacts(fingerprint, chunks)
             self._create(self._features, schema.features_spec(fingerprint.dim), made, self._profile(0))
-            flat = IndexProfile("FLAT", "FLAT")
-            self._create(self._images, schema.images_spec(fingerprint.dim, chunks), made, flat)
+            self._create(self._images, schema.images_spec(fingerprint.dim, chunks), made, _FLAT)
             facts = self._attach()
         if facts is None:
             raise CollectionError(f"The collection {self._collection!r} vanished while it was created; try again.")
@@ -471,17 +480,45 @@ class FeatureStore:
         )
         return params
 
-    def _described_index(self) -> _Index:
+    def _described_index(self, name: str, vector: str) -> _Index:
         with self._db.asking("reading the index"):
-            found = self._client.describe_index(self._features, "descriptor", timeout=self._settings.timeout)
+            found = self._client.describe_index(name, vector, timeout=self._settings.timeout)
         if not found:
-            return _Index("none", {}, "no index")
+            return _NO_INDEX
         flat = {**found, **found.get("params", {})}
-        params = {name: int(flat[name]) for name in ("nlist", "m", "nbits", "M", "efConstruction") if name in flat}
+        params = {key: int(flat[key]) for key in ("nlist", "m", "nbits", "M", "efConstruction") if key in flat}
         return _Index(str(found["index_type"]), params, str(found.get("state", "unknown")))
 
+    def _build_index(self, name: str, vector: str, profile: IndexProfile) -> None:
+        with self._db.building(), self._db.asking(f"building the index {profile.index_type}"):
+            self._client.create_index(name, self._index_params(vector, profile), timeout=_BUILD_SECONDS)
+
+    def _indexed(self, name: str, vector: str) -> _Index:
+        """The index of a collection, which is created where a crash left none."""
+        found = self._described_index(name, vector)
+        if found != _NO_INDEX:
+            return found
+        # An index that another thread is exchanging is missing only meanwhile: wait for that writer.
+        with self._db.write_lock:
+            found = self._described_index(name, vector)
+            if found != _NO_INDEX:
+                return found
+            profile = self._profile(self._rows_unloaded(name)) if name == self._features else _FLAT
+            self._build_index(name, vector, profile)
+            return self._described_index(name, vector)
+
+    def _rows_unloaded(self, name: str) -> int:
+        """About how many rows a collection has that cannot be loaded yet: those flushed, some of them deleted."""
+        with self._db.asking("estimating its size"):
+            return int(self._client.get_collection_stats(name, timeout=self._settings.timeout)["row_count"])
+
     def _load(self) -> None:
-        """Load what is not loaded. Milvus Lite releases an indexed collection whenever it is closed."""
+        """Load what is not loaded, with an index: a server loads nothing without one.
+
+        Milvus Lite releases an indexed collection whenever it is closed.
+        """
+        self._index = self._indexed(*self._feature_vectors)
+        self._indexed(*self._image_vectors)
         for name in (self._features, self._images):
             with self._db.building(), self._db.asking(f"loading {name!r}"):
                 self._client.load_collection(name, timeout=_BUILD_SECONDS)

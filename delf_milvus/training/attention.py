@@ -6,21 +6,24 @@ weight cells so that the weighted mean of the L2-normalised features classifies 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from delf_milvus.model import weights
-from delf_milvus.model.delf import AttentionHead, Delf
+from delf_milvus.model.delf import AttentionHead, Delf, ModelSpec
 from delf_milvus.model.runtime import prepare, resolve_dtype
-from delf_milvus.training.data import LabelledPhotos, labelled_photos, read_rgb, split
+from delf_milvus.model.trunk import Trunk
+from delf_milvus.training.data import LabelledPhotos, labelled_photos, read_rgb, require_batch, split
 from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
 
 Say = Callable[[str], None]
@@ -81,16 +84,19 @@ class AttentionPooling(nn.Module):
 def train_attention(config: AttentionConfig, say: Say = print) -> Path:
     """Train the head; returns a weight file with trunk and attention (no reduction yet).
 
-    Raises InputError for data that cannot be read and ModelError for a weight file that does not fit.
+    Raises InputError for data that cannot be read or is too little, ModelError for a weight file that does not fit, and
+    UsageError for a checkpoint of another configuration.
     """
     torch.manual_seed(config.seed)
-    experiment = Experiment(config.out, config)
+    spec, tensors, _ = weights.read(config.init)
+    initial = weights.initial_trunk(config.init)
+    experiment = Experiment(config)
     photos = labelled_photos(config.data, config.exclude)
     training, validation = split(photos, config.validate_every)
-    spec, tensors, _ = weights.read(config.init)
+    require_batch(config.data, training, config.batch, config.views)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cache = _FeatureCache(config, training, config.views, config.out / "training.f16", tensors, say)
-    checks = _FeatureCache(config, validation, 1, config.out / "validation.f16", tensors, say)
+    cache = _FeatureCache(config, training, config.views, config.out / "training.f16", initial, say)
+    checks = _FeatureCache(config, validation, 1, config.out / "validation.f16", initial, say)
 
     pooling = AttentionPooling(spec.trunk.channels, config.hidden, len(photos.classes)).to(device)
     optimizer = torch.optim.AdamW(pooling.parameters(), config.learning_rate, weight_decay=config.weight_decay)
@@ -141,7 +147,11 @@ def train_attention(config: AttentionConfig, say: Say = print) -> Path:
 
 
 class _FeatureCache:
-    """Frozen feature maps of rescaled photos, fp16, in one flat file; the list of its contents is written last."""
+    """Frozen feature maps of rescaled photos, fp16, in one flat file beside the JSON list of its contents.
+
+    The list names what the maps were made from, and maps of anything else are computed again. It is removed first and
+    written last, so that a killed run leaves no list of a file that is not whole.
+    """
 
     def __init__(
         self,
@@ -149,19 +159,22 @@ class _FeatureCache:
         photos: LabelledPhotos,
         views: int,
         path: Path,
-        tensors: dict[str, Tensor],
+        initial: Trunk,
         say: Say,
     ) -> None:
-        spec, _, _ = weights.read(config.init)
-        self._channels = spec.trunk.channels
+        self._channels = initial.spec.channels
         contents = path.with_suffix(".json")
-        if not contents.is_file():
-            network = Delf(replace(spec, attention_channels=0))
-            network.load_state_dict({n: t for n, t in tensors.items() if n.startswith("trunk.")}, strict=False)
+        sources = _sources(config, photos, views)
+        values = _contents(contents)
+        if values.get("sources") != sources or not path.is_file():
+            contents.unlink(missing_ok=True)
+            network = Delf(ModelSpec(trunk=initial.spec, selection="norm", attention_channels=0))
+            network.trunk = initial
             starts, labels = self._compute(config, photos, views, path, network, say)
-            contents.write_text(json.dumps({"starts": starts, "labels": labels}))
-        values = json.loads(contents.read_text())
-        self._starts, self._labels = values["starts"], values["labels"]
+            values = {"sources": sources, "starts": starts, "labels": labels}
+            contents.write_text(json.dumps(values))
+        self._starts: list[int] = values["starts"]
+        self._labels: list[int] = values["labels"]
         self._cells = np.memmap(path, np.float16, "r", shape=(self._starts[-1], self._channels))
 
     @torch.inference_mode()
@@ -198,6 +211,31 @@ class _FeatureCache:
         photo = torch.repeat_interleave(torch.arange(len(items)), lengths)
         labels = torch.tensor([self._labels[i] for i in items])
         return torch.cat(maps).to(device).bfloat16(), photo.to(device), labels.to(device)
+
+
+def _sources(config: AttentionConfig, photos: LabelledPhotos, views: int) -> dict[str, Any]:
+    """What feature maps are made from, as JSON values: another value of any means other maps."""
+    digest = hashlib.sha256()
+    for path, label in zip(photos.paths, photos.labels, strict=True):
+        status = path.stat()
+        digest.update(json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns, label]).encode())
+    return {
+        "init": weights.file_digest(config.init),
+        "photos": digest.hexdigest(),
+        "views": views,
+        "scales": list(config.scales),
+        "longest": config.longest,
+        "seed": config.seed,
+    }
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    """The list of a cache's contents; empty where there is none, or one that a killed run cut short."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 @torch.inference_mode()

@@ -65,6 +65,16 @@ def split(photos: LabelledPhotos, every: int) -> tuple[LabelledPhotos, LabelledP
     return part(lambda i: i not in held), part(lambda i: i in held)
 
 
+def require_batch(roots: Sequence[Path], photos: LabelledPhotos, batch: int, views: int = 1) -> None:
+    """Raise InputError where `views` of each training photo do not fill one batch."""
+    count = len(photos.paths)
+    if count * views < batch:
+        raise InputError(
+            f"{', '.join(map(str, roots))} has {count} photos to train on, fewer than one batch of {batch}: "
+            "add photos or lower --batch."
+        )
+
+
 def read_rgb(path: Path, longest: int | None = None, shortest: int | None = None) -> Tensor:
     """A photo as uint8 (3, H, W), shrunk so that its longest or shortest side is at most so many pixels.
 

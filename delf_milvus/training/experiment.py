@@ -1,5 +1,8 @@
 """What every training command shares: its folder, its log, its checkpoint.
 
+A folder holds one run. To resume it is to give the configuration and the initial weights that it began with: another
+number of epochs continues it, and the folder may have moved; all else would make one log of two different runs.
+
 A checkpoint is one safetensors file (tensors by name, progress as JSON in the metadata), written beside the old one
 and moved over it, so that a killed run always finds a whole one.
 """
@@ -17,18 +20,48 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from delf_milvus.errors import UsageError
+from delf_milvus.model.weights import file_digest
+
+MAY_CHANGE = frozenset({"epochs", "out"})
+"""Fields of a configuration that a resumed run may have otherwise."""
+
 
 class Experiment:
     """A folder with `config.json`, `metrics.jsonl` (appended) and `checkpoint.safetensors`.
 
-    `config` is a dataclass of plain values; it is written once, at the start of a run.
+    `config` is a dataclass of plain values with the fields `init`, an existing weight file, and `out`, the folder.
+    It is written at the start, with the digest of that file; a run that resumes changes `MAY_CHANGE` in it alone.
+
+    Raises UsageError where the folder has a checkpoint of another configuration.
     """
 
-    def __init__(self, folder: Path, config: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self._checkpoint = folder / "checkpoint.safetensors"
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+    def __init__(self, config: Any) -> None:
+        self.folder: Path = config.out
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._checkpoint = self.folder / "checkpoint.safetensors"
+        written = self.folder / "config.json"
+        text = json.dumps({**asdict(config), "init_digest": file_digest(config.init)}, indent=2, default=str) + "\n"
+        if self._checkpoint.is_file():
+            self._refuse_another(written, json.loads(text))
+        partial = written.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(written)
+
+    def _refuse_another(self, written: Path, values: dict[str, Any]) -> None:
+        try:
+            before: dict[str, Any] = json.loads(written.read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{self.folder} has a checkpoint but no readable config.json; give --out a new folder."
+            ) from error
+        names = [*values, *(name for name in before if name not in values)]
+        for name in names:
+            if name not in MAY_CHANGE and (name not in before or name not in values or before[name] != values[name]):
+                raise UsageError(
+                    f"{self.folder} holds a run with another {name}; "
+                    "give --out a new folder, or the values that the run began with."
+                )
 
     def log(self, **values: float | int | str) -> None:
         """Append one line to the metrics, with the time of day."""

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from delf_milvus.model import weights
 from delf_milvus.model.delf import ModelSpec
 from delf_milvus.model.trunk import Trunk
-from delf_milvus.training.data import LabelledPhotos, PhotoDataset, labelled_photos, split
+from delf_milvus.training.data import LabelledPhotos, PhotoDataset, labelled_photos, require_batch, split
 from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
 from delf_milvus.training.vision import transforms
 
@@ -93,14 +93,15 @@ Batches = DataLoader[tuple[Tensor, int]]
 def finetune(config: FinetuneConfig, say: Say = print) -> Path:
     """Fine-tune, resuming from the checkpoint in `config.out` where there is one; returns the trunk's weight file.
 
-    Raises InputError for data that cannot be read and ModelError for initial weights that do not fit.
+    Raises InputError for data that cannot be read or is too little, ModelError for initial weights that do not fit, and
+    UsageError for a checkpoint of another configuration.
     """
     torch.manual_seed(config.seed)
-    experiment = Experiment(config.out, config)
+    initial = weights.initial_trunk(config.init)
+    experiment = Experiment(config)
     photos = labelled_photos(config.data, config.exclude)
     shuffled = torch.Generator().manual_seed(config.seed)
     loader, checks = _loaders(config, photos, shuffled, say)
-    initial = weights.initial_trunk(config.init)
     before = {name: value.clone() for name, value in initial.state_dict().items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = Classifier(initial, len(photos.classes)).to(device)
@@ -153,6 +154,7 @@ def _loaders(
 ) -> tuple[Batches, Batches]:
     """Batches of random crops to train on, and of central crops to validate with."""
     training, validation = split(photos, config.validate_every)
+    require_batch(config.data, training, config.batch)
     say(f"{len(training.paths)} photos to train on, {len(validation.paths)} to validate, {len(photos.classes)} classes")
     augment = transforms.Compose(
         [

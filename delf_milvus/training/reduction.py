@@ -48,8 +48,8 @@ def fit_reduction(config: ReductionConfig, say: Say = print) -> Path:
 
     Raises InputError for data that cannot be read, ModelError for a weight file that does not fit.
     """
-    experiment = Experiment(config.out, config)
     spec, tensors, _ = weights.read(config.init)
+    experiment = Experiment(config)
     if config.selection == "attention" and not spec.attention_channels:
         raise ModelError(f"{config.init} has no attention head; give --selection norm, or train attention first.")
     channels = spec.trunk.channels

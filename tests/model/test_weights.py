@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import io
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,79 @@ def test_missing_and_misshapen_tensors_are_refused(tmp_path: Path) -> None:
     weights.save(path, state, replace(TINY, dim=8))
     with pytest.raises(ModelError, match="another shape"):
         weights.load(path)
+
+
+def test_an_initial_trunk_is_whole_or_refused(tmp_path: Path) -> None:
+    state = dict(tiny_network().state_dict())
+    path = tmp_path / "initial.safetensors"
+    counted = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    weights.save(path, counted, TINY)
+    torch.testing.assert_close(weights.initial_trunk(path).conv1.weight, state["trunk.conv1.weight"])
+    for kept in (
+        {k: v for k, v in state.items() if not k.startswith("trunk.")},
+        {k: v for k, v in state.items() if k != "trunk.stages.0.0.conv2.weight"},
+    ):
+        weights.save(path, kept, TINY)
+        with pytest.raises(ModelError, match="does not hold the tensors"):
+            weights.initial_trunk(path)
+    weights.save(path, state | {"trunk.conv1.weight": torch.zeros(64, 3, 5, 5)}, TINY)
+    with pytest.raises(ModelError, match="another shape"):
+        weights.initial_trunk(path)
+
+
+def test_a_header_without_notes_has_none(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "model.safetensors")
+    spec, tensors, _ = weights.read(path)
+    save_file(tensors, path, {weights.METADATA_KEY: json.dumps({"spec": asdict(spec)})})
+    assert weights.read(path)[2] == {}
+    assert weights.load(path).spec == TINY
+
+
+def archive(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    return stream.getvalue()
+
+
+def damaged(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes(byte ^ 0xFF for byte in data[middle : middle + 64]) + data[middle + 64 :]
+
+
+def npy() -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.zeros(3))
+    return stream.getvalue()
+
+
+RANDOM = archive(conv0_weight=np.random.default_rng(0).random(4096))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello", b"PK\x03\x04rest", RANDOM[: len(RANDOM) // 2], damaged(RANDOM), npy(), archive(a=np.array(["x"]))],
+    ids=["empty", "text", "zip header", "cut short", "damaged", "one array", "no numbers"],
+)
+def test_an_archive_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "initial.npz"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="not a readable") as caught:
+        weights.initial_trunk(path)
+    assert "\n" not in str(caught.value)
+    assert ". " not in str(caught.value)
+
+
+def test_an_archive_with_layers_of_another_shape_is_refused(tmp_path: Path) -> None:
+    names = [f"batchnorm0_{kind}" for kind in ("running_mean", "running_var")] + ["conv0_weight"]
+    batchnorms = ["batchnorm1", "stage4_batchnorm0"]
+    for stage, units in ((1, 3), (2, 4), (3, 6)):
+        batchnorms += [f"stage{stage}_batchnorm{n}" for n in range(3 * units)]
+        names += [f"stage{stage}_conv{n}_weight" for n in range(3 * units + 1)]
+    names += [f"{b}_{kind}" for b in batchnorms for kind in ("gamma", "beta", "running_mean", "running_var")]
+    path = tmp_path / "initial.npz"
+    np.savez(path, **{name: np.zeros(2, np.float32) for name in names})
+    with pytest.raises(ModelError, match="another shape"):
+        weights.initial_trunk(path)
 
 
 def test_an_archive_with_pickled_objects_is_not_unpickled(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymilvus import DataType, MilvusClient
+from pymilvus.exceptions import MilvusException
 from store_samples import DIM, MODEL, OTHER_MODEL, random_features, random_items
 
 from delf_milvus.errors import CollectionError, DatabaseError, InputError, UsageError
@@ -438,6 +439,99 @@ def test_a_kill_at_any_step_of_a_write_leaves_no_image_without_its_features(tmp_
             assert feature_rows(store, record.image_id) == list(range(len(features)))
 
 
+EXCHANGE = ("release_collection", "flush", "drop_index", "create_index", "load_collection")
+
+
+@pytest.mark.parametrize("step", EXCHANGE)
+def test_a_kill_at_any_step_of_an_exchange_of_the_index_is_repaired(tmp_path: Path, step: str) -> None:
+    """The process kills itself instead of taking the step."""
+    code = """
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[2])
+        from store_samples import MODEL, random_items
+        from delf_milvus.settings import StoreSettings
+        from delf_milvus.store.feature_store import FeatureStore
+        store = FeatureStore.open(sys.argv[1], "delf", MODEL, StoreSettings(), index_from=1000)
+        store.write(random_items(1, 20, 100))
+        setattr(store._client, sys.argv[3], lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        store.ensure_index()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "photos.db"), str(Path(__file__).parent), step],
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    items = random_items(1, 20, 100)
+    with open_store(tmp_path, create=False, index_from=1000) as store:
+        before = store.status()
+        assert before.index_used == ("FLAT" if EXCHANGE.index(step) < EXCHANGE.index("create_index") else "IVF_SQ8")
+        assert (store.neighbours(items[3][1].descriptors, 1)[1] > 0.99).mean() > 0.95
+        store.ensure_index()
+        after = store.status()
+        assert (after.index_used, after.index_state) == ("IVF_SQ8", "Finished")
+        assert (after.images, after.features) == (20, 2000)
+        assert (store.neighbours(items[3][1].descriptors, 1)[1] > 0.99).mean() > 0.95
+
+
+class LikeAServer(MilvusClient):
+    """Milvus Lite, but like a server it loads no collection without an index."""
+
+    def load_collection(self, collection_name: str, *arguments: object, **options: object) -> None:
+        if not self.list_indexes(collection_name):
+            raise MilvusException(700, f"index not found[collection={collection_name}]")
+        super().load_collection(collection_name, *arguments, **options)
+
+
+def test_collections_without_an_index_have_one_again_before_they_are_loaded(tmp_path: Path) -> None:
+    client = LikeAServer(str(tmp_path / "photos.db"))
+    items = random_items(1, 20, 100)
+
+    def opened(**options: object) -> FeatureStore:
+        return FeatureStore.open("", "delf", MODEL, StoreSettings(), client=client, **options)
+
+    with opened() as store:
+        store.write(items)
+        store.ensure_index()
+        for name, vector in (("delf_features", "descriptor"), ("delf_images", "global_descriptor")):
+            client.release_collection(name)
+            client.drop_index(name, vector)
+        with pytest.raises(MilvusException, match="index not found"):
+            client.load_collection("delf_features")
+    with opened(index_from=5000, create=False) as store:
+        status = store.status()
+        assert (status.index_used, status.index_state, status.features) == ("FLAT", "Finished", 2000)
+        assert client.list_indexes("delf_images") == ["global_descriptor"]
+        assert np.allclose(store.neighbours(items[3][1].descriptors, 1)[1], 1, atol=1e-5)
+        client.release_collection("delf_features")
+        client.drop_index("delf_features", "descriptor")
+        store.ensure_index()
+        assert store.status().index_used == "FLAT"
+    client.release_collection("delf_features")
+    client.drop_index("delf_features", "descriptor")
+    with opened(index_from=1000) as store:
+        status = store.status()
+        assert (status.index_used, status.index_params, status.substitute_for) == ("IVF_SQ8", {"nlist": 32}, "IVF_PQ")
+        assert (store.neighbours(items[3][1].descriptors, 1)[1] > 0.99).mean() > 0.95
+    client.close()
+
+
+def test_an_exchange_of_the_index_that_failed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise MilvusException(1, "no memory")
+
+    items = random_items(1, 20, 100)
+    with open_store(tmp_path, index_from=1000) as store:
+        store.write(items)
+        with monkeypatch.context() as patch:
+            patch.setattr(store._client, "create_index", failing)
+            with pytest.raises(DatabaseError, match="building the index IVF_SQ8: no memory"):
+                store.ensure_index()
+        assert store.status().index_used == "none"
+        store.ensure_index()
+        assert store.status().index_used == "IVF_SQ8"
+        assert (store.neighbours(items[3][1].descriptors, 1)[1] > 0.99).mean() > 0.95
+
+
 def test_searching_from_many_threads_beside_a_writer(store: FeatureStore) -> None:
     items = random_items(12, 20, 50)
     store.write(items[:10])
@@ -609,3 +703,40 @@ def test_writing_and_searching_print_nothing(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("closed", ["before Python starts", "by the process", "as a file object"])
+def test_a_process_without_stderr_can_do_everything(tmp_path: Path, closed: str) -> None:
+    code = """
+        import os, sys
+        closed = sys.argv[3]
+        assert (sys.stderr is None) == (closed == "before Python starts")
+        if closed == "by the process":
+            os.close(2)
+        elif closed == "as a file object":
+            sys.stderr.close()
+        sys.path.insert(0, sys.argv[2])
+        from store_samples import MODEL, random_items
+        from delf_milvus.settings import StoreSettings
+        from delf_milvus.store.feature_store import FeatureStore
+        items = random_items(1, 20, 100)
+        for _ in range(2):
+            with FeatureStore.open(sys.argv[1], "delf", MODEL, StoreSettings(), index_from=1000) as store:
+                store.write(items)
+                store.ensure_index()
+                found = store.neighbours(items[0][1].descriptors, 1)[1]
+                status = store.status()
+        print(status.index_used, status.features, (found > 0.99).mean() > 0.95)
+    """
+    program = [sys.executable, "-c", textwrap.dedent(code)]
+    if closed == "before Python starts":
+        program = ["sh", "-c", 'exec "$@" 2>&-', "sh", *program]
+    done = subprocess.run(
+        [*program, str(tmp_path / "photos.db"), str(Path(__file__).parent), closed],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "IVF_SQ8 2000 True\n"
+    with open_store(tmp_path, create=False, index_from=1000) as store:
+        assert store.count_features() == 2000

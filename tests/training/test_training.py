@@ -1,8 +1,10 @@
-"""Training end to end on generated photos and a tiny network: it learns, resumes, excludes, and its files load."""
+"""Training end to end on generated photos and a tiny network: it learns, resumes, excludes, refuses what it cannot use,
+and its files load."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from conftest import make_photo, save_photo
 
-from delf_milvus.errors import InputError, ModelError
+from delf_milvus.errors import InputError, ModelError, UsageError
 from delf_milvus.model import weights
 from delf_milvus.model.delf import ModelSpec
 from delf_milvus.model.extractor import Extractor
@@ -42,8 +44,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def initial(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("initial") / "trunk.safetensors"
+    return write_trunk(tmp_path_factory.mktemp("initial") / "trunk.safetensors")
+
+
+def write_trunk(path: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
     state = {f"trunk.{name}": value for name, value in Trunk(TRUNK).state_dict().items()}
     weights.save(path, state, ModelSpec(trunk=TRUNK, selection="norm", attention_channels=0))
     return path
@@ -89,6 +94,55 @@ def test_a_resumed_run_goes_on_where_it_stopped(data: Path, initial: Path, tmp_p
     assert [line["epoch"] for line in metrics(tmp_path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("learning_rate", 0.5), ("exclude", ("red",)), ("seed", 7), ("batch", 4), ("crop", 32)]
+)
+def test_a_run_is_not_resumed_with_another_configuration(
+    data: Path, initial: Path, trunk: Path, tmp_path: Path, field: str, value: object
+) -> None:
+    out = shutil.copytree(trunk.parent, tmp_path / "moved")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UsageError, match=f"another {field};"):
+        finetune(config(data, initial, out, epochs=9, **{field: value}), say=lambda _: None)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_is_not_resumed_with_other_weights_under_the_old_name(data: Path, tmp_path: Path) -> None:
+    first = write_trunk(tmp_path / "trunk.safetensors")
+    finetune(config(data, first, tmp_path / "run", epochs=1), say=lambda _: None)
+    write_trunk(first, seed=1)
+    with pytest.raises(UsageError, match="another init_digest;"):
+        finetune(config(data, first, tmp_path / "run", epochs=2), say=lambda _: None)
+
+
+def test_the_configuration_of_a_moved_and_continued_run_is_the_last_one(
+    data: Path, initial: Path, trunk: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(trunk.parent, tmp_path / "moved")
+    finetune(config(data, initial, out, epochs=5), say=lambda _: None)
+    values = json.loads((out / "config.json").read_text())
+    assert (values["epochs"], values["out"]) == (5, str(out))
+    assert [line["epoch"] for line in metrics(out)] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_without_its_configuration_is_not_resumed(
+    data: Path, initial: Path, trunk: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(trunk.parent, tmp_path / "moved")
+    (out / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="no readable config"):
+        finetune(config(data, initial, out), say=lambda _: None)
+
+
+def test_fewer_photos_than_one_batch_are_one_sentence(data: Path, initial: Path, tmp_path: Path) -> None:
+    expected = "has 30 photos to train on, fewer than one batch of {}: add photos or lower --batch"
+    with pytest.raises(InputError, match=expected.format(31)):
+        finetune(config(data, initial, tmp_path / "finetune", batch=31), say=lambda _: None)
+    plain = AttentionConfig(data=(data,), out=tmp_path / "attention", init=initial, validate_every=6, views=2, batch=61)
+    with pytest.raises(InputError, match=expected.format(61)):
+        train_attention(plain, say=lambda _: None)
+
+
 def test_keeping_all_of_the_initial_weights_gives_them_back(data: Path, initial: Path, tmp_path: Path) -> None:
     path = finetune(config(data, initial, tmp_path, epochs=1, keep_initial=1.0), say=lambda _: None)
     _, before, _ = weights.read(initial)
@@ -128,6 +182,53 @@ def test_attention_learns_on_a_frozen_trunk(attended: Path, trunk: Path) -> None
     for name, value in before.items():
         torch.testing.assert_close(after[name], value)
     assert any(name.startswith("attention.") for name in after)
+
+
+def test_feature_maps_are_computed_once_for_each_trunk_and_way_to_make_them(
+    data: Path, initial: Path, tmp_path: Path
+) -> None:
+    other = write_trunk(tmp_path / "other.safetensors", seed=1)
+    photos = shutil.copytree(data, tmp_path / "scenes")
+    plain = AttentionConfig(data=(photos,), out=tmp_path / "run", init=initial, epochs=1, batch=8, longest=48, hidden=8)
+
+    def computed(changed: AttentionConfig) -> bool:
+        # Without its checkpoint the folder is that of a run that was killed in its first epoch.
+        (changed.out / "checkpoint.safetensors").unlink(missing_ok=True)
+        said: list[str] = []
+        train_attention(changed, say=said.append)
+        return any("training.f16" in line for line in said)
+
+    assert computed(plain)
+    assert not computed(plain)
+    assert not computed(replace(plain, learning_rate=0.5))
+    maps = (plain.out / "training.f16").read_bytes()
+    for change in (
+        {"init": other},
+        {"data": (data,)},
+        {"exclude": ("red",)},
+        {"views": 2},
+        {"scales": (0.5, 1.0)},
+        {"longest": 40},
+        {"seed": 1},
+    ):
+        assert computed(replace(plain, **change)), change  # type: ignore[arg-type]
+    assert computed(replace(plain, init=other))
+    assert (plain.out / "training.f16").read_bytes() != maps
+    assert computed(plain)
+    assert (plain.out / "training.f16").read_bytes() == maps
+    save_photo(photos / "red" / "0.png", make_photo(999, 96, 80))
+    assert computed(plain)
+    (plain.out / "training.json").write_text('{"sources": ')
+    assert computed(plain)
+
+
+def test_attention_refuses_a_file_without_the_whole_trunk(data: Path, initial: Path, tmp_path: Path) -> None:
+    spec, tensors, _ = weights.read(initial)
+    path = tmp_path / "part.safetensors"
+    weights.save(path, {name: value for name, value in tensors.items() if "stages.1" not in name}, spec)
+    with pytest.raises(ModelError, match=r"stages\.1"):
+        train_attention(AttentionConfig(data=(data,), out=tmp_path / "run", init=path), say=lambda _: None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_pooling_equals_the_plain_weighted_mean() -> None:

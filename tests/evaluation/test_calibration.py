@@ -1,0 +1,115 @@
+"""Calibration on generated photos and the bundled model: who takes part, what it yields, and when it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_photo, save_photo
+
+from delf_milvus.errors import ImageError, InputError
+from delf_milvus.evaluation.calibration import CalibrationConfig, calibrate, class_photos, judging_photos
+from delf_milvus.retrieval.confidence import Calibration
+from delf_milvus.settings import Settings
+
+SETTINGS = Settings(extract={"preset": "fast"})  # type: ignore[arg-type] # validated by pydantic
+
+TAKING_PART = 56
+"""Classes of two photos: 112 queries, and a calibration needs 100."""
+
+
+def write_classes(root: Path, classes: int, *, judging: bool = True) -> Path:
+    """Class folders of two small photos; without `judging`, those of every second class cannot be decoded."""
+    for number in range(classes):
+        for view in range(2):
+            path = root / f"class{number:03d}" / f"{view}.png"
+            if judging or number % 2 == 0:
+                save_photo(path, make_photo(2 * number + view, 96, 80))
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"not a photo")
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_classes(tmp_path_factory.mktemp("calibration"), 2 * TAKING_PART, judging=False)
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def calibration(data: Path, said: list[str]) -> Calibration:
+    return calibrate(CalibrationConfig(data), SETTINGS, say=said.append)
+
+
+def test_classes_are_the_folders_in_the_order_of_their_names(tmp_path: Path) -> None:
+    root = write_classes(tmp_path, 4)
+    save_photo(root / "class001" / "inside" / "deep.png", make_photo(0, 32, 32))
+    save_photo(root / "loose.png", make_photo(1, 32, 32))
+    names = [[path.relative_to(root).as_posix() for path in photos] for photos in class_photos(root)]
+    assert names == [
+        ["class000/0.png", "class000/1.png"],
+        ["class001/0.png", "class001/1.png", "class001/inside/deep.png"],
+        ["class002/0.png", "class002/1.png"],
+        ["class003/0.png", "class003/1.png"],
+    ]
+
+
+def test_fewer_than_four_classes_are_refused(tmp_path: Path) -> None:
+    root = write_classes(tmp_path, 3)
+    with pytest.raises(InputError, match="has 3 folders of photos; a calibration needs at least 4"):
+        class_photos(root)
+    with pytest.raises(InputError, match="at least 4"):
+        calibrate(CalibrationConfig(root), SETTINGS, say=lambda _: None)
+
+
+def test_every_second_class_takes_part_and_the_others_judge(
+    data: Path, calibration: Calibration, said: list[str], tmp_path: Path
+) -> None:
+    # The judging photos here cannot be decoded: the fit succeeds only because it opens none of them.
+    judging = judging_photos(data)
+    assert {path.parent.name for path in judging} == {f"class{number:03d}" for number in range(1, 2 * TAKING_PART, 2)}
+    small = write_classes(tmp_path, 4)
+    with pytest.raises(ImageError):
+        calibrate(CalibrationConfig(small, fill=(judging[0].parent,)), SETTINGS, say=lambda _: None)
+    assert said[0] == f"{TAKING_PART} and {TAKING_PART} photos in two halves, 0 more"
+
+
+def test_confidence_is_high_for_many_inliers_and_zero_for_none(calibration: Calibration) -> None:
+    chance = calibration.chance[1]
+    for confidence in (calibration.confidence, calibration.pair_confidence):
+        many, few, none = confidence([250, chance, 0])
+        assert many > 0.99
+        assert few < 0.9
+        assert none == 0
+    # In a crowd of candidates with next to nothing, too.
+    crowd = calibration.confidence(np.array([250] + [0] * 40))
+    assert crowd[0] > 0.99
+    assert not crowd[1:].any()
+
+
+def test_a_calibration_is_read_as_it_was_written(calibration: Calibration, tmp_path: Path) -> None:
+    calibration.write(tmp_path / "model.calibration.json")
+    assert Calibration.read(tmp_path / "model.calibration.json") == calibration
+
+
+def test_the_fill_makes_the_collections_larger(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "classes", 4)
+    fill = tmp_path / "fill"
+    for seed in range(3):
+        save_photo(fill / f"{seed}.png", make_photo(500 + seed, 64, 48))
+    said: list[str] = []
+    with pytest.raises(InputError, match="too few photos"):
+        calibrate(CalibrationConfig(root, fill=(fill,), size=4), SETTINGS, say=said.append)
+    assert said == ["2 and 2 photos in two halves, 2 more"]
+
+
+def test_too_few_photos_are_one_sentence(tmp_path: Path) -> None:
+    root = write_classes(tmp_path, 4)
+    with pytest.raises(InputError, match="too few photos: a calibration needs at least 100 finite values, not 4"):
+        calibrate(CalibrationConfig(root), SETTINGS, say=lambda _: None)
