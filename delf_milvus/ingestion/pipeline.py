@@ -1,7 +1,7 @@
 """From scanned photos to stored rows: read and decode in threads, extract here, write in a thread of its own.
 
-- At most `queue` decoded photos wait for the network and at most two batches for the database, so memory stays
-  bounded whatever the folder's size.
+- At most `queue` decoded photos wait for the network and at most two batches for the database: memory does not grow
+  with the folder, only with the size of its photos (three bytes a pixel).
 - A photo with the stored content hash and the same model is not decoded at all.
 - A photo that fails is listed and stops nothing else. A database that fails stops the run: what was written stays.
 - Ctrl-C stops reading, writes what is extracted, and returns; running the same call again goes on from there.
