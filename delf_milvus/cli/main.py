@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -77,6 +78,9 @@ def _set_up_logging(quiet: bool, verbose: bool) -> None:
 
 def run() -> None:
     """The console script: every foreseen error becomes one sentence and its exit code."""
+    if sys.stderr is None:
+        # Closed by the caller: the next file to be opened, perhaps the database, would get what C code prints.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
     # oneDNN compiles its kernels for each size of photo and keeps 1024 of them, which is some 20 sizes: folders with
     # more would compile anew for every photo.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
