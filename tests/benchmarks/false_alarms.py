@@ -10,7 +10,10 @@ of the answers: three other views of the object remain.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 from judge import load_set, truth
@@ -35,16 +38,12 @@ def main() -> None:
     settings = Settings(model=options.model, extract={"preset": options.preset})
     matcher = PhotoMatcher(settings)
     ukbench = load_set("ukbench", options.data, matcher.extractor, options.cache)
-    objects = load_set("objects", options.data, matcher.extractor, options.cache)
-    left_out = {
-        path.relative_to(options.data.absolute()).as_posix() for path in judging_photos(options.data / "objects")
-    }
     collection = MemoryCollection(ukbench.names, ukbench.features)
     instances = truth(ukbench.names)
 
-    strangers = [f for name, f in zip(objects.names, objects.features, strict=True) if name in left_out]
     confidences = []
-    for query in strangers[:: options.every]:
+    for path in judging_photos(options.data / "objects")[:: options.every]:
+        query = matcher.query_features(matcher.decode(path))
         judged = judge_candidates(query, collection, settings.search, settings.verify, Timings())
         confidences.append(matcher.calibration.confidence(judged.inliers).max(initial=0.0))
     wrong = np.array(confidences)
