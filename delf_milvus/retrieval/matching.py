@@ -38,7 +38,10 @@ class Matches(NamedTuple):
 
 @functools.cache
 def _controller() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
+    libraries = ThreadpoolController().select(user_api="blas")
+    # One that runs on OpenMP has a setting for each thread: one thread cannot restore it for another.
+    shared = [lib.filepath for lib in libraries.lib_controllers if getattr(lib, "threading_layer", "") != "openmp"]
+    return libraries.select(filepath=shared)
 
 
 _lock = threading.Lock()

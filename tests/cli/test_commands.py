@@ -188,8 +188,8 @@ def test_a_locked_database_is_exit_code_3(workplace: Path) -> None:
 
 
 def test_interrupting_ingest_keeps_what_is_stored_and_resumes(tmp_path: Path) -> None:
-    for seed in range(80):
-        save_photo(tmp_path / "photos" / f"{seed:02d}.png", make_photo(seed))
+    for seed in range(160):
+        save_photo(tmp_path / "photos" / f"{seed:03d}.png", make_photo(seed))
     process = subprocess.Popen(
         [*RUN, "--json", "ingest", "photos"],
         cwd=tmp_path,
@@ -197,11 +197,13 @@ def test_interrupting_ingest_keeps_what_is_stored_and_resumes(tmp_path: Path) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background of a shell inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 - no threads here
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "delf_milvus.db").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.5)
+    time.sleep(1.5)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -209,7 +211,7 @@ def test_interrupting_ingest_keeps_what_is_stored_and_resumes(tmp_path: Path) ->
     assert first["interrupted"] is True
     assert "run the same command again" in err
     second = json.loads(call(tmp_path, "--json", "ingest", "photos").stdout)
-    assert (second["unchanged"], second["added"]) == (first["added"], 80 - first["added"])
+    assert (second["unchanged"], second["added"]) == (first["added"], 160 - first["added"])
 
 
 def test_config_show_says_where_values_come_from(workplace: Path) -> None:
