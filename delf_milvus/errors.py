@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def one_line(text: object) -> str:
+    """The text with control characters, line breaks and invalid bytes escaped: for a message of one line, and so that
+    a file name cannot steer a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 class DelfMilvusError(Exception):
     """Base of all errors of this package.
 

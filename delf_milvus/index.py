@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from delf_milvus.errors import InputError, NotFoundError, UsageError
+from delf_milvus.errors import InputError, NotFoundError, UsageError, one_line
 from delf_milvus.features import Box, clipped_box
-from delf_milvus.imaging.decode import Source, decode, one_line, source_digest
+from delf_milvus.imaging.decode import Source, decode, source_digest
 from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
 from delf_milvus.ingestion.scan import read_listing, scan
 from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match

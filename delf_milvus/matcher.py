@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -14,6 +15,7 @@ import numpy as np
 from delf_milvus.features import Box, Features, Fingerprint
 from delf_milvus.imaging.decode import RgbImage, Source, decode
 from delf_milvus.imaging.draw import match_picture, save_picture
+from delf_milvus.model.spec import BUNDLED, fingerprint_of, resolve
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.matching import match
 from delf_milvus.retrieval.search import Correspondence, Transform, correspondence, keypoints, region
@@ -84,18 +86,17 @@ class PhotoMatcher:
         Raises ModelError when it cannot be read.
         """
         if self._calibration is None:
-            from delf_milvus.model.weights import BUNDLED
-
-            beside, bundled = (path.with_suffix(CALIBRATION_SUFFIX) for path in (self.extractor.path, BUNDLED))
+            path = resolve(self.settings.model)
+            beside, bundled = (model.with_suffix(CALIBRATION_SUFFIX) for model in (path, BUNDLED))
             if not beside.is_file():
-                log.warning("%s has no calibration; confidence is that of the bundled model", self.extractor.path)
+                log.warning("%s has no calibration; confidence is that of the bundled model", path)
             self._calibration = Calibration.read(beside if beside.is_file() else bundled)
         return self._calibration
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> Fingerprint:
-        """What identifies the features that this matcher extracts."""
-        return self.extractor.fingerprint
+        """What identifies the features that this matcher extracts; raises ModelError as `extractor` does."""
+        return fingerprint_of(resolve(self.settings.model), self.settings.extract)
 
     def decode(self, source: Source, name: str | None = None) -> RgbImage:
         """A photo as (H, W, 3) uint8 RGB; raises ImageError."""

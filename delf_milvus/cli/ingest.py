@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, printable, say, show_progress
+from delf_milvus.cli.output import data_json, data_line, say, show_progress
 from delf_milvus.cli.state import Stages, state_of
+from delf_milvus.errors import one_line
 
 if TYPE_CHECKING:
     from delf_milvus.ingestion.pipeline import IngestReport, Progress
@@ -46,10 +47,10 @@ def ingest(
 
 def _tell(report: IngestReport, json: bool, quiet: bool, dry_run: bool) -> None:
     for failure in report.failures:
-        say(f"failed: {printable(failure.error)}")
+        say(f"failed: {one_line(failure.error)}")
     if not quiet:
         for image_id in report.sparse:
-            say(f"few features: {printable(image_id)} is stored, but has too few features to be found reliably")
+            say(f"few features: {one_line(image_id)} is stored, but has too few features to be found reliably")
     if json:
         data_json(report.to_dict())
         return

@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 
 from delf_milvus.cli import config, ingest, manage, search, train
-from delf_milvus.cli.output import printable, say
+from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
-from delf_milvus.errors import DelfMilvusError
+from delf_milvus.errors import DelfMilvusError, one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,7 +89,7 @@ def run() -> None:
     try:
         app()
     except DelfMilvusError as error:
-        say(f"Error: {printable(error)}")
+        say(f"Error: {one_line(error)}")
         raise SystemExit(error.exit_code) from None
 
 

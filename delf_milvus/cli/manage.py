@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, data_table, printable, say
+from delf_milvus.cli.output import data_json, data_line, data_table, say
 from delf_milvus.cli.state import state_of
+from delf_milvus.errors import one_line
 
 
 def status(context: typer.Context) -> None:
@@ -69,7 +70,7 @@ def show(context: typer.Context, image_id: Annotated[str, typer.Argument(metavar
     else:
         for name, value in record.to_dict().items():
             text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
-            data_line(f"{name:14}{printable(text)}")
+            data_line(f"{name:14}{one_line(text)}")
 
 
 def delete(context: typer.Context, image_ids: Annotated[list[str], typer.Argument(metavar="ID...")]) -> None:
@@ -86,6 +87,6 @@ def delete(context: typer.Context, image_ids: Annotated[list[str], typer.Argumen
     else:
         data_line(f"{len(deleted)} deleted")
     for image_id in missing:
-        say(f"not stored: {printable(image_id)}")
+        say(f"not stored: {one_line(image_id)}")
     if missing:
         raise typer.Exit(5)

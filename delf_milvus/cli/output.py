@@ -9,10 +9,7 @@ from typing import Any
 
 import typer
 
-
-def printable(text: object) -> str:
-    """Text on one line, without the control characters with which a file name could steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+from delf_milvus.errors import one_line
 
 
 def data_json(value: Any) -> None:
@@ -33,7 +30,7 @@ def say(text: str) -> None:
 
 def data_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table on stdout: numbers to the right, no lines around it, so that it pastes and cuts well."""
-    cells = [[printable(cell) for cell in row] for row in rows]
+    cells = [[one_line(cell) for cell in row] for row in rows]
     numeric = [all(_is_number(row[i]) for row in cells) and bool(cells) for i in range(len(header))]
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
     for line in [list(header), *cells]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, data_table, printable, say
+from delf_milvus.cli.output import data_json, data_line, data_table, say
 from delf_milvus.cli.state import Stages, state_of
-from delf_milvus.errors import UsageError
+from delf_milvus.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from delf_milvus.retrieval.search import SearchResult
@@ -52,7 +52,7 @@ def search(
         pictures = index.draw_hits(image, result, out) if out is not None else []
     if not state.quiet:
         for picture in pictures:
-            say(f"picture: {printable(picture)}")
+            say(f"picture: {one_line(picture)}")
         if state.verbose:
             say("seconds: " + ", ".join(f"{step} {s:.3f}" for step, s in result.to_dict()["timings"].items()))
     if not result.matched:
@@ -113,6 +113,6 @@ def match(
             (a, b, tx), (c, d, ty) = pair.transform
             data_line(f"transform: x' = {a:.4f} x + {b:.4f} y + {tx:.2f}; y' = {c:.4f} x + {d:.4f} y + {ty:.2f}")
     if out is not None and not state.quiet:
-        say(f"picture: {printable(out)}")
+        say(f"picture: {one_line(out)}")
     if not pair.matched:
         raise typer.Exit(1)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from PIL.Image import Transpose
 
-from delf_milvus.errors import ImageError, InputError
+from delf_milvus.errors import ImageError, InputError, one_line
 from delf_milvus.settings import DecodeSettings
 
 RgbImage: TypeAlias = NDArray[np.uint8]  # (H, W, 3)
@@ -45,11 +45,6 @@ _UPRIGHT = {
 }
 
 _warning_filters = threading.Lock()
-
-
-def one_line(text: str | Path) -> str:
-    """The text with control characters, line breaks and invalid bytes escaped, for a message of one line."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def read_file(path: Path, max_bytes: int, too_large: str) -> bytes:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from delf_milvus.errors import InputError, UsageError
+from delf_milvus.errors import InputError, UsageError, one_line
 from delf_milvus.features import Float32Array
-from delf_milvus.imaging.decode import RgbImage, one_line
+from delf_milvus.imaging.decode import RgbImage
 
 _LONGEST = 720  # pixels: two photos beside each other still fit a usual screen
 _LEAST_HEIGHT = 360  # a panorama shall not make its neighbour a stamp

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 
-from delf_milvus.errors import InputError
+from delf_milvus.errors import InputError, one_line
 from delf_milvus.features import Features, Fingerprint
-from delf_milvus.imaging.decode import RgbImage, content_digest, decode, one_line, read_bytes
+from delf_milvus.imaging.decode import RgbImage, content_digest, decode, read_bytes
 from delf_milvus.ingestion.scan import Failure, Photo, Scan
 from delf_milvus.settings import Settings
 from delf_milvus.store.feature_store import FeatureStore

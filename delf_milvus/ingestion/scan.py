@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from delf_milvus.errors import InputError, UsageError
-from delf_milvus.imaging.decode import one_line, read_file
+from delf_milvus.errors import InputError, UsageError, one_line
+from delf_milvus.imaging.decode import read_file
 from delf_milvus.store.schema import MAX_ID_BYTES
 
 _JPEG = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"}

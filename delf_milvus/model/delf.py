@@ -1,38 +1,12 @@
-"""The DELF network: trunk, attention head and reduction, and the specification that names them."""
+"""The DELF network: trunk, attention head and reduction."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from delf_milvus.model.trunk import Trunk, TrunkSpec
-
-Selection = Literal["attention", "norm"]
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What a weight file contains, and how features are chosen with it.
-
-    selection: "attention" scores a cell with the attention head; "norm" scores it with the L2 norm of the
-        raw output of the last stage and needs no head.
-    dim: length of the reduced descriptors.
-    attention_channels: hidden channels of the attention head; 0 where the file has no head.
-    """
-
-    trunk: TrunkSpec = field(default_factory=TrunkSpec)
-    selection: Selection = "attention"
-    dim: int = 40
-    attention_channels: int = 512
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> ModelSpec:
-        """The inverse of `dataclasses.asdict`; raises TypeError for unknown fields."""
-        trunk: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["trunk"].items()}
-        return ModelSpec(**{**values, "trunk": TrunkSpec(**trunk)})
+from delf_milvus.model.spec import ModelSpec, Selection
+from delf_milvus.model.trunk import Trunk
 
 
 class AttentionHead(nn.Module):

@@ -15,11 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from delf_milvus.errors import ModelError
-from delf_milvus.features import Box, Features, Fingerprint, clipped_box
+from delf_milvus.features import Box, Features, clipped_box
 from delf_milvus.model import weights
-from delf_milvus.model.delf import Selection
 from delf_milvus.model.runtime import prepare, resolve_dtype
+from delf_milvus.model.spec import fingerprint_of, resolve, selection_of
 from delf_milvus.settings import ExtractSettings
 
 RgbImage = npt.NDArray[np.uint8]
@@ -32,24 +31,14 @@ class Extractor:
     """
 
     def __init__(self, model: str | Path | None, settings: ExtractSettings, device: torch.device | None = None) -> None:
-        path = weights.resolve(model)
+        self.path = path = resolve(model)
+        self.fingerprint = fingerprint_of(path, settings)
         network = weights.load(path)
-        self.path = path
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = resolve_dtype(settings.precision, self.device)
         self.plan = settings.plan
-        self.selection: Selection = network.spec.selection if settings.selection == "model" else settings.selection
-        if self.selection == "attention" and network.attention is None:
-            raise ModelError(f"{path} has no attention head; use selection = norm with it.")
+        self.selection = selection_of(path, network.spec, settings)
         self._stride = network.spec.trunk.stride
-        self.fingerprint = Fingerprint(
-            weights=weights.file_digest(path),
-            selection=self.selection,
-            dim=network.spec.dim,
-            longest_side=self.plan.longest_side,
-            scales=self.plan.scales,
-            stride=self._stride,
-        )
         self._network = prepare(network, self.device, self.dtype)
 
     def extract(self, photo: RgbImage, count: int, box: Box | None = None) -> Features:

@@ -12,49 +12,10 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class TrunkSpec:
-    """In what the ResNet layouts differ.
-
-    layout: "v1.5" (torchvision: stride in the 3x3 of a stage's first unit), "v2" (pre-activation, as
-        GluonCV's resnet50_v2: BatchNorm on the input, units normalise before they convolve) or "v1"
-        (TF-slim: stride in the 3x3 of a stage's last unit, whose identity shortcut is subsampled).
-    units: number of bottleneck units in each stage.
-    strides: spatial stride of each stage; the stem has stride 4.
-    widths: channels of the 3x3 convolution in each stage; a stage's output has four times as many.
-    mean, std: normalisation of pixel values divided by 255.
-    """
-
-    layout: Literal["v1", "v1.5", "v2"] = "v2"
-    units: tuple[int, ...] = (3, 4, 6)
-    strides: tuple[int, ...] = (1, 2, 2)
-    widths: tuple[int, ...] = (64, 128, 256)
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    epsilon: float = field(default=1e-5)
-
-    @property
-    def stride(self) -> int:
-        """Input pixels between neighbouring cells of the output map."""
-        stride = 4
-        for stage in self.strides:
-            stride *= stage
-        return stride
-
-    @property
-    def channels(self) -> int:
-        """Channels of the output map."""
-        return 4 * self.widths[-1]
+from delf_milvus.model.spec import TrunkSpec
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:

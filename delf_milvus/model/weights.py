@@ -1,12 +1,11 @@
 """Weight files: reading and writing the network, and the ImageNet weights that training starts from.
 
-A weight file is safetensors and nothing else. Its metadata holds one JSON object under `delf_milvus`:
-the `ModelSpec` that the tensors belong to. Nothing in a weight file is ever executed or unpickled.
+A weight file is safetensors and nothing else. Its metadata holds the `ModelSpec` that the tensors belong to (see
+`spec`). Nothing in a weight file is ever executed or unpickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 import zlib
@@ -16,40 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from delf_milvus.errors import ModelError
-from delf_milvus.model.delf import Delf, ModelSpec
-from delf_milvus.model.trunk import Trunk, TrunkSpec
-
-METADATA_KEY = "delf_milvus"
-BUNDLED = Path(__file__).parent / "bundled" / "delf_resnet50v2.safetensors"
-
-
-def resolve(model: str | Path | None) -> Path:
-    """The weight file that a `--model` value names: a path, or the bundled model for None or "bundled".
-
-    Raises ModelError when there is no such file.
-    """
-    path = BUNDLED if model is None or str(model) == "bundled" else Path(model)
-    if not path.is_file():
-        raise ModelError(f"There is no model file at {path}; give --model a .safetensors file, or leave it out.")
-    return path
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a weight file, hexadecimal: what of the weights enters the fingerprint."""
-    with path.open("rb") as stream:
-        return _digest(stream)
-
-
-def _digest(stream: Any) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+from delf_milvus.model.delf import Delf
+from delf_milvus.model.spec import METADATA_KEY, ModelSpec, TrunkSpec, read_header
+from delf_milvus.model.trunk import Trunk
 
 
 def save(
@@ -74,16 +47,12 @@ def read(path: Path) -> tuple[ModelSpec, dict[str, Tensor], dict[str, Any]]:
 
     Raises ModelError for a file that is not one of ours.
     """
+    spec, notes = read_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            header = json.loads(metadata[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        spec = ModelSpec.from_dict(header["spec"])
-    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a delf-milvus weight file ({error}).") from error
-    floating = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    return spec, floating, header.get("notes", {})
+    return spec, {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, notes
 
 
 def load(path: Path) -> Delf:
@@ -107,6 +76,20 @@ def _fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     different = [name for name in missing + unexpected if not name.endswith("num_batches_tracked")]
     if different:
         raise ModelError(f"{path} does not hold the tensors that its specification says (first: {different[0]}).")
+
+
+def initial(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """The specification and the tensors (fp32, by name) to train or fit from: one of our weight files, or GluonCV's
+    resnet50_v2 as .npz, which is a trunk alone.
+
+    Raises ModelError for anything else.
+    """
+    if path.suffix == ".npz":
+        trunk = _trunk_from_gluon(path)
+        spec = ModelSpec(trunk=trunk.spec, selection="norm", attention_channels=0)
+        return spec, {f"trunk.{name}": tensor for name, tensor in trunk.state_dict().items()}
+    spec, tensors, _ = read(path)
+    return spec, tensors
 
 
 def initial_trunk(path: Path) -> Trunk:

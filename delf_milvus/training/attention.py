@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from delf_milvus.model import weights
-from delf_milvus.model.delf import AttentionHead, Delf, ModelSpec
+from delf_milvus.model.delf import AttentionHead, Delf
 from delf_milvus.model.runtime import prepare, resolve_dtype
+from delf_milvus.model.spec import ModelSpec, file_digest
 from delf_milvus.model.trunk import Trunk
 from delf_milvus.training.data import LabelledPhotos, labelled_photos, read_rgb, require_batch, split
 from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
@@ -88,7 +89,7 @@ def train_attention(config: AttentionConfig, say: Say = print) -> Path:
     UsageError for a checkpoint of another configuration.
     """
     torch.manual_seed(config.seed)
-    spec, tensors, _ = weights.read(config.init)
+    spec, tensors = weights.initial(config.init)
     initial = weights.initial_trunk(config.init)
     experiment = Experiment(config)
     photos = labelled_photos(config.data, config.exclude)
@@ -220,7 +221,7 @@ def _sources(config: AttentionConfig, photos: LabelledPhotos, views: int) -> dic
         status = path.stat()
         digest.update(json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns, label]).encode())
     return {
-        "init": weights.file_digest(config.init),
+        "init": file_digest(config.init),
         "photos": digest.hexdigest(),
         "views": views,
         "scales": list(config.scales),

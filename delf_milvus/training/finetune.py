@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from delf_milvus.model import weights
-from delf_milvus.model.delf import ModelSpec
+from delf_milvus.model.spec import ModelSpec
 from delf_milvus.model.trunk import Trunk
 from delf_milvus.training.data import LabelledPhotos, PhotoDataset, labelled_photos, require_batch, split
 from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed

@@ -16,8 +16,8 @@ from delf_milvus.errors import InputError, ModelError
 from delf_milvus.imaging.decode import decode
 from delf_milvus.ingestion.scan import scan
 from delf_milvus.model import weights
-from delf_milvus.model.delf import Selection
 from delf_milvus.model.extractor import Extractor
+from delf_milvus.model.spec import Selection
 from delf_milvus.settings import DecodeSettings, ExtractSettings
 from delf_milvus.training.experiment import Experiment
 
@@ -48,7 +48,7 @@ def fit_reduction(config: ReductionConfig, say: Say = print) -> Path:
 
     Raises InputError for data that cannot be read, ModelError for a weight file that does not fit.
     """
-    spec, tensors, _ = weights.read(config.init)
+    spec, tensors = weights.initial(config.init)
     experiment = Experiment(config)
     if config.selection == "attention" and not spec.attention_channels:
         raise ModelError(f"{config.init} has no attention head; give --selection norm, or train attention first.")

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, features
 
-from delf_milvus.errors import ImageError, InputError
-from delf_milvus.imaging.decode import content_digest, decode, one_line, read_bytes, source_digest
+from delf_milvus.errors import ImageError, InputError, one_line
+from delf_milvus.imaging.decode import content_digest, decode, read_bytes, source_digest
 from delf_milvus.settings import DecodeSettings
 
 LIMITS = DecodeSettings()

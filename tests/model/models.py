@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from delf_milvus.model import weights
-from delf_milvus.model.delf import Delf, ModelSpec
-from delf_milvus.model.trunk import TrunkSpec
+from delf_milvus.model.delf import Delf
+from delf_milvus.model.spec import ModelSpec, TrunkSpec
 
 TINY = ModelSpec(
     trunk=TrunkSpec(layout="v2", units=(1, 1, 1), widths=(8, 8, 16)),

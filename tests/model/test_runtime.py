@@ -6,9 +6,9 @@ import pytest
 import torch
 from models import TINY, tiny_network
 
-from delf_milvus.model.delf import Delf, ModelSpec
+from delf_milvus.model.delf import Delf
 from delf_milvus.model.runtime import prepare, resolve_dtype
-from delf_milvus.model.trunk import TrunkSpec
+from delf_milvus.model.spec import ModelSpec, TrunkSpec
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from delf_milvus.model import weights
-from delf_milvus.model.trunk import IMAGENET_MEAN, IMAGENET_STD, Trunk, TrunkSpec
+from delf_milvus.model.spec import IMAGENET_MEAN, IMAGENET_STD, TrunkSpec
+from delf_milvus.model.trunk import Trunk
 
 torchvision = pytest.importorskip("delf_milvus.training.vision", reason="needs torchvision (extra: train)")
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from delf_milvus.errors import ModelError
 from delf_milvus.model import weights
+from delf_milvus.model.spec import resolve
 
 
 def test_a_saved_network_loads_with_the_same_output(tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_half_precision_is_kept_to_matrices_so_that_small_variances_survive(tmp_
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model file"):
-        weights.resolve(tmp_path / "nothing.safetensors")
+        resolve(tmp_path / "nothing.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04pickle", b"\xff" * 64])
@@ -152,3 +153,11 @@ def test_an_archive_without_the_layers_is_refused(tmp_path: Path) -> None:
     np.savez(path, something=np.zeros(3))
     with pytest.raises(ModelError, match="lacks"):
         weights.initial_trunk(path)
+
+
+def test_published_imagenet_weights_are_a_trunk_without_attention(shared: Path) -> None:
+    path = shared / "weights/imagenet_resnet50v2_to_block3.npz"
+    spec, tensors = weights.initial(path)
+    assert (spec.selection, spec.attention_channels) == ("norm", 0)
+    for name, tensor in weights.initial_trunk(path).state_dict().items():
+        torch.testing.assert_close(tensors[f"trunk.{name}"], tensor)

@@ -15,9 +15,9 @@ from conftest import make_photo, save_photo
 
 from delf_milvus.errors import InputError, ModelError, UsageError
 from delf_milvus.model import weights
-from delf_milvus.model.delf import ModelSpec
 from delf_milvus.model.extractor import Extractor
-from delf_milvus.model.trunk import Trunk, TrunkSpec
+from delf_milvus.model.spec import ModelSpec, TrunkSpec
+from delf_milvus.model.trunk import Trunk
 from delf_milvus.settings import ExtractSettings
 
 pytest.importorskip("delf_milvus.training.vision", reason="needs torchvision (extra: train)")

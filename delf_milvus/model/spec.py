@@ -1,0 +1,145 @@
+"""What a weight file is, told without loading it: its specification, and the fingerprint of the features it gives.
+
+Imports no torch, so that opening a collection costs nothing until a photo is extracted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from delf_milvus.errors import ModelError
+from delf_milvus.features import Fingerprint
+from delf_milvus.settings import ExtractSettings
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TrunkSpec:
+    """In what the ResNet layouts differ.
+
+    layout: "v1.5" (torchvision: stride in the 3x3 of a stage's first unit), "v2" (pre-activation, as
+        GluonCV's resnet50_v2: BatchNorm on the input, units normalise before they convolve) or "v1"
+        (TF-slim: stride in the 3x3 of a stage's last unit, whose identity shortcut is subsampled).
+    units: number of bottleneck units in each stage.
+    strides: spatial stride of each stage; the stem has stride 4.
+    widths: channels of the 3x3 convolution in each stage; a stage's output has four times as many.
+    mean, std: normalisation of pixel values divided by 255.
+    """
+
+    layout: Literal["v1", "v1.5", "v2"] = "v2"
+    units: tuple[int, ...] = (3, 4, 6)
+    strides: tuple[int, ...] = (1, 2, 2)
+    widths: tuple[int, ...] = (64, 128, 256)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    epsilon: float = field(default=1e-5)
+
+    @property
+    def stride(self) -> int:
+        """Input pixels between neighbouring cells of the output map."""
+        stride = 4
+        for stage in self.strides:
+            stride *= stage
+        return stride
+
+    @property
+    def channels(self) -> int:
+        """Channels of the output map."""
+        return 4 * self.widths[-1]
+
+
+Selection = Literal["attention", "norm"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a weight file contains, and how features are chosen with it.
+
+    selection: "attention" scores a cell with the attention head; "norm" scores it with the L2 norm of the
+        raw output of the last stage and needs no head.
+    dim: length of the reduced descriptors.
+    attention_channels: hidden channels of the attention head; 0 where the file has no head.
+    """
+
+    trunk: TrunkSpec = field(default_factory=TrunkSpec)
+    selection: Selection = "attention"
+    dim: int = 40
+    attention_channels: int = 512
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ModelSpec:
+        """The inverse of `dataclasses.asdict`; raises TypeError for unknown fields."""
+        trunk: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["trunk"].items()}
+        return ModelSpec(**{**values, "trunk": TrunkSpec(**trunk)})
+
+
+METADATA_KEY = "delf_milvus"
+"""Entry of a weight file's metadata that holds one JSON object: the specification and notes."""
+
+BUNDLED = Path(__file__).parent / "bundled" / "delf_resnet50v2.safetensors"
+
+
+def resolve(model: str | Path | None) -> Path:
+    """The weight file that a `--model` value names: a path, or the bundled model for None or "bundled".
+
+    Raises ModelError when there is no such file.
+    """
+    path = BUNDLED if model is None or str(model) == "bundled" else Path(model)
+    if not path.is_file():
+        raise ModelError(f"There is no model file at {path}; give --model a .safetensors file, or leave it out.")
+    return path
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a weight file, hexadecimal: what of the weights enters the fingerprint."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_header(path: Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """The specification and the notes of a weight file; its tensors are not read.
+
+    Raises ModelError for a file that is not one of ours.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            header = json.loads((file.metadata() or {})[METADATA_KEY])
+        return ModelSpec.from_dict(header["spec"]), header.get("notes", {})
+    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} is not a delf-milvus weight file ({error}).") from error
+
+
+def selection_of(path: Path, spec: ModelSpec, settings: ExtractSettings) -> Selection:
+    """How cells are scored with a weight file under these settings; raises ModelError where it lacks the head."""
+    selection: Selection = spec.selection if settings.selection == "model" else settings.selection
+    if selection == "attention" and not spec.attention_channels:
+        raise ModelError(f"{path} has no attention head; use selection = norm with it.")
+    return selection
+
+
+def fingerprint_of(path: Path, settings: ExtractSettings) -> Fingerprint:
+    """What identifies the features that a weight file gives under these settings.
+
+    Raises ModelError when the file is missing, is not one of ours, or lacks what the settings ask for.
+    """
+    spec, _ = read_header(path)
+    plan = settings.plan
+    return Fingerprint(
+        weights=file_digest(path),
+        selection=selection_of(path, spec, settings),
+        dim=spec.dim,
+        longest_side=plan.longest_side,
+        scales=plan.scales,
+        stride=spec.trunk.stride,
+    )
