@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch loads: see the command line's `run`.
@@ -11,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import cv2
 import numpy as np
 import pytest
+from milvus_server import WheelServer
 from numpy.typing import NDArray
 
 RgbImage = NDArray[np.uint8]
@@ -63,3 +67,13 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = root / "more" if seed >= 6 else root
         save_photo(folder / f"scene{seed}.png", make_photo(seed))
     return root
+
+
+@pytest.fixture(scope="session")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WheelServer]:
+    """A real Milvus server, shared by all tests: each takes collection names of its own, and may restart it."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("the server comes as a wheel for Linux x86-64 only")
+    server = WheelServer(tmp_path_factory.mktemp("milvus"))
+    yield server
+    server.kill()

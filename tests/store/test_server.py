@@ -1,0 +1,67 @@
+"""The store on a real Milvus server."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from milvus_server import WheelServer
+from pymilvus import MilvusClient
+from store_samples import MODEL, random_items
+
+from delf_milvus.settings import StoreSettings
+from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.keys import split_keys
+
+pytestmark = pytest.mark.server
+
+Opener = Callable[..., FeatureStore]
+
+
+@pytest.fixture
+def opened(milvus: WheelServer) -> Iterator[Opener]:
+    """Opens the store of one new collection, as often as a test needs; closes and drops everything afterwards."""
+    name = f"t{uuid.uuid4().hex[:12]}"
+    stores: list[FeatureStore] = []
+
+    def open_store(**options: object) -> FeatureStore:
+        arguments = {"fingerprint": MODEL, "settings": StoreSettings(), "max_features": 100, **options}
+        stores.append(FeatureStore.open(milvus.uri, name, **arguments))
+        return stores[-1]
+
+    yield open_store
+    for store in stores:
+        store.close()
+    client = MilvusClient(milvus.uri)
+    for collection in client.list_collections():
+        if collection.startswith(name):
+            client.drop_collection(collection)
+    client.close()
+
+
+def test_images_are_written_found_updated_and_deleted_under_ivf_pq(opened: Opener) -> None:
+    items = random_items(1, 40, 100)
+    store = opened(index_from=2000)
+    store.write(items)
+    store.ensure_index()
+    status = store.status()
+    assert (status.index_used, status.substitute_for, status.index_state) == ("IVF_PQ", "", "Finished")
+    assert (status.images, status.features) == (40, 4000)
+    keys, _ = store.neighbours(items[3][1].descriptors, 10)
+    assert np.mean((split_keys(keys)[0] == items[3][0].key).any(axis=1)) > 0.9
+    store.write([(items[3][0], items[4][1].top(30))])
+    assert store.delete([items[5][0].image_id, "missing"]) == [items[5][0].image_id]
+    assert (store.count_images(), store.count_features()) == (39, 3830)
+    assert [record.image_id for record in store.list(limit=6)][5] == "img/00006.jpg"
+
+
+def test_a_killed_server_keeps_every_acknowledged_image(opened: Opener, milvus: WheelServer) -> None:
+    items = random_items(2, 30, 100)
+    opened().write(items)
+    milvus.restart()
+    store = opened(create=False)
+    assert (store.count_images(), store.count_features()) == (30, 3000)
+    found = store.stored([record.key for record, _ in items])
+    assert [len(features) for _, features in found.values()] == [100] * 30
