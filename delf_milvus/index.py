@@ -24,6 +24,7 @@ from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
 from delf_milvus.retrieval.search import Candidate, SearchResult, Timings, answer
 from delf_milvus.settings import Settings
 from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.filters import Filter
 from delf_milvus.store.records import ImageRecord
 
 if TYPE_CHECKING:
@@ -166,14 +167,18 @@ class DelfIndex:
         top_k: int | None = None,
         *,
         box: Box | None = None,
+        filter: Filter = "",
         include_unverified: bool = False,
     ) -> SearchResult:
         """Find the stored images that show the same thing as a photo.
 
         image: path, bytes, PIL image or RGB uint8 array (H, W, 3). top_k: answers at most, else the settings'.
-        box: x0, y0, x1, y1 in pixels, the part of the photo to search for.
+        box: x0, y0, x1, y1 in pixels, the part of the photo to search for. filter: only images that meet it, in
+        declared fields: `{"tenant": "a", "year": {">=": 2020}}`, whose values are escaped, or an expression in Milvus's
+        language, `'tenant == "a" and year >= 2020'`.
 
-        Raises ImageError when the photo cannot be decoded, UsageError for a box outside of it, DatabaseError.
+        Raises ImageError when the photo cannot be decoded, UsageError for a box outside of it or a filter that does not
+        fit the collection, DatabaseError.
         """
         timings = Timings()
         with timings.measure("decode"):
@@ -189,7 +194,7 @@ class DelfIndex:
         if len(features):
             hits = answer(
                 features,
-                _StoreSource(self._store),
+                _StoreSource(self._store, filter),
                 search,
                 self.settings.verify,
                 self._matcher.calibration,
@@ -273,17 +278,21 @@ class DelfIndex:
 class _StoreSource:
     """The store as the search sees it."""
 
-    def __init__(self, store: FeatureStore) -> None:
+    def __init__(self, store: FeatureStore, where: Filter) -> None:
         self._store = store
+        self._where = where
 
     def neighbours(
         self, descriptors: npt.NDArray[np.float32], k: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        return self._store.neighbours(descriptors, k)
+        return self._store.neighbours(descriptors, k, self._where)
 
     def candidates(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Candidate]:
         stored = self._store.stored(image_keys)
-        return {key: Candidate(record.image_id, record.uri, features) for key, (record, features) in stored.items()}
+        return {
+            key: Candidate(record.image_id, record.uri, features, record.metadata)
+            for key, (record, features) in stored.items()
+        }
 
 
 def _file_name(image_id: str) -> str:

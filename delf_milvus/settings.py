@@ -103,6 +103,13 @@ class StoreSettings(_Stage):
     )
     nprobe: int = Field(32, ge=1, le=65536, description="Lists an IVF index visits for each descriptor.")
     timeout: float = Field(60.0, gt=0, description="Seconds before a call to the database fails.")
+    fields: dict[str, str] = Field(
+        default_factory=dict,
+        description='Fields that searches can be filtered by, for a new collection: {"year": "integer=0"}; the types '
+        "are text, integer, number and boolean.",
+    )
+    tenant_field: str = Field("", description="Text field that keeps tenants apart, for a new collection.")
+    tenant: str = Field("", description="Whose images are read, written and searched; none: a search sees all.")
     batch_bytes: int = Field(
         8_000_000, ge=100_000, le=60_000_000, description="Bytes of one write; a message may have at most 64 MB."
     )

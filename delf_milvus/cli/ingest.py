@@ -9,7 +9,7 @@ import typer
 
 from delf_milvus.cli.output import data_json, data_line, say, show_progress
 from delf_milvus.cli.state import Stages, state_of
-from delf_milvus.errors import one_line
+from delf_milvus.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from delf_milvus.ingestion.pipeline import IngestReport, Progress
@@ -25,6 +25,17 @@ def ingest(
     prune: Annotated[bool, typer.Option("--prune", help="Remove images of these folders that left the disk.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     on_error: Annotated[str | None, typer.Option(help="skip or stop, when a photo fails. Default: skip")] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:TYPE",
+            help="Declare a field that searches can be filtered by, for a new collection: year:integer=0. Types: text, "
+            "integer, number, boolean; again for more.",
+        ),
+    ] = None,
+    tenant_field: Annotated[
+        str | None, typer.Option(help="Field that keeps tenants apart (see --tenant), for a new collection.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
 ) -> None:
     """Store the photos of folders; what is stored already and unchanged is left alone.
@@ -32,7 +43,11 @@ def ingest(
     Example: delf-milvus ingest photos/ --prune
     """
     state = state_of(context)
-    stages: Stages = {"ingest": {"on_error": on_error}, "extract": {"preset": preset}}
+    stages: Stages = {
+        "ingest": {"on_error": on_error},
+        "extract": {"preset": preset},
+        "store": {"fields": _declarations(field or []) or None, "tenant_field": tenant_field},
+    }
     with state.open(stages, create=not dry_run) as index, _Bar(show_progress(state.quiet)) as bar:
         report = index.ingest(
             paths, id_prefix=id_prefix, ids_from=ids_from, prune=prune, dry_run=dry_run, progress=bar.update
@@ -43,6 +58,16 @@ def ingest(
         raise typer.Exit(130)
     if report.failures:
         raise typer.Exit(1)
+
+
+def _declarations(fields: list[str]) -> dict[str, str]:
+    declarations = {}
+    for field in fields:
+        name, colon, declaration = field.partition(":")
+        if not colon:
+            raise UsageError(f"--field takes NAME:TYPE, as in year:integer=0, not {field!r}.")
+        declarations[name] = declaration
+    return declarations
 
 
 def _tell(report: IngestReport, json: bool, quiet: bool, dry_run: bool) -> None:

@@ -51,6 +51,7 @@ def root(
     ] = None,
     token: Annotated[str | None, typer.Option(help="Token, or user:password, of a server.")] = None,
     collection: Annotated[str | None, typer.Option(help="Name of the collection. Default: delf")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose images, in a collection with tenants.")] = None,
     model: Annotated[str | None, typer.Option(help="Weight file (.safetensors). Default: the bundled model")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -60,7 +61,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    flags = {"uri": uri, "token": token, "collection": collection, "model": model}
+    flags = {"uri": uri, "token": token, "collection": collection, "model": model, "store": {"tenant": tenant}}
     context.obj = State(
         {name: value for name, value in flags.items() if value is not None}, config, json, quiet, verbose
     )

@@ -30,6 +30,9 @@ def search(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The query photo.")],
     top: Annotated[int | None, typer.Option(help="Answers at most. Default: 10")] = None,
     box: Annotated[str | None, typer.Option(help="x0,y0,x1,y1: search for this part of the photo.")] = None,
+    filter: Annotated[
+        str, typer.Option(metavar="EXPR", help="Only images that meet this, in declared fields: 'year >= 2020'.")
+    ] = "",
     candidates: Annotated[int | None, typer.Option(help="Images that are verified. Default: 100")] = None,
     include_unverified: Annotated[
         bool, typer.Option("--include-unverified", help="Show candidates without proof too, after the others.")
@@ -47,7 +50,7 @@ def search(
     state = state_of(context)
     stages: Stages = {"search": {"top": top, "candidates": candidates, "mode": mode}, "extract": {"preset": preset}}
     with state.open(stages) as index:
-        result = index.search(image, box=_box(box), include_unverified=include_unverified)
+        result = index.search(image, box=_box(box), filter=filter, include_unverified=include_unverified)
         _tell(result, state.json)
         pictures = index.draw_hits(image, result, out) if out is not None else []
     if not state.quiet:

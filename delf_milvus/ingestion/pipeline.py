@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from delf_milvus.imaging.decode import RgbImage, content_digest, decode, read_by
 from delf_milvus.ingestion.scan import Failure, Photo, Scan
 from delf_milvus.settings import Settings
 from delf_milvus.store.feature_store import FeatureStore
-from delf_milvus.store.records import ImageRecord, checked
+from delf_milvus.store.records import ImageRecord
 
 if TYPE_CHECKING:
     from delf_milvus.model.extractor import Extractor
@@ -141,7 +141,7 @@ def ingest_photos(
             progress(Progress(done, len(scanned.photos), extracted, report.failed, seconds))
 
     def prepare(photo: Photo) -> _Prepared:
-        return _prepare(photo, known.get(photo.image_id), fingerprint, settings)
+        return _prepare(photo, store, known.get(photo.image_id), fingerprint, settings)
 
     with ThreadPoolExecutor(settings.ingest.decode_threads, "decode") as pool, writer:
         prepared = _ahead(pool, prepare, scanned.photos, settings.ingest.queue)
@@ -234,22 +234,24 @@ def _ahead(
     yield from waiting
 
 
-def _prepare(photo: Photo, stored: ImageRecord | None, fingerprint: Fingerprint, settings: Settings) -> _Prepared:
+def _prepare(
+    photo: Photo, store: FeatureStore, stored: ImageRecord | None, fingerprint: Fingerprint, settings: Settings
+) -> _Prepared:
     data = read_bytes(photo.path, settings.decode)
-    record = ImageRecord(
-        image_id=photo.image_id,
-        uri=str(photo.path),
-        sha256=content_digest(data),
-        root=str(photo.root),
-        metadata=dict(photo.metadata),
+    metadata = photo.metadata or (stored.metadata if stored is not None else {})
+    record = store.typed(
+        ImageRecord(
+            image_id=photo.image_id,
+            uri=str(photo.path),
+            sha256=content_digest(data),
+            root=str(photo.root),
+            metadata=dict(metadata),
+        )
     )
-    checked(record)
     if stored is None:
         return _Prepared(record, decode(data, settings.decode, str(photo.path)), False)
     elsewhere = Path(stored.uri)
     if stored.sha256 == record.sha256 and stored.model == fingerprint.short:
-        if not photo.metadata:
-            record = replace(record, metadata=stored.metadata)
         # A copy of the photo elsewhere is no move while the stored one is still in its place.
         left = stored.uri != record.uri and not elsewhere.is_file()
         return _Prepared(record, None, True, left or dict(stored.metadata) != dict(record.metadata))

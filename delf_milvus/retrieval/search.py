@@ -7,7 +7,7 @@ and over whatever a test needs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ class Candidate:
     image_id: str
     uri: str
     features: Features
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class CandidateSource(Protocol):
@@ -91,7 +92,7 @@ class Hit:
     verified: the evidence passes the bar. inliers: matches that one affine transform explains, counted by place;
     putatives: matches before geometry. confidence: share of queries without a match in the collection whose best
     answer has less evidence. score: what orders the hits. transform: query pixels to image pixels,
-    [[a, b, tx], [c, d, ty]]. box: x0, y0, x1, y1 of the matched region in the image.
+    [[a, b, tx], [c, d, ty]]. box: x0, y0, x1, y1 of the matched region in the image. metadata: what the image carries.
     """
 
     rank: int
@@ -105,6 +106,7 @@ class Hit:
     transform: Transform | None
     box: Box | None
     correspondence: Correspondence = field(repr=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `--json`."""
@@ -112,6 +114,7 @@ class Hit:
         return {name: getattr(self, name) for name in names} | {
             "transform": self.transform,
             "box": None if self.box is None else list(self.box),
+            "metadata": dict(self.metadata),
         }
 
 
@@ -232,6 +235,7 @@ def answer(
                 None if transform is None else transform.tolist(),
                 region(query_box, candidate.features, verification, inliers),
                 inliers,
+                candidate.metadata,
             )
         )
     return hits

@@ -33,10 +33,20 @@ from delf_milvus.settings import StoreSettings
 from delf_milvus.store import connection, records, schema
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.connection import Connection, NotLoadedError
+from delf_milvus.store.fields import declared
+from delf_milvus.store.filters import Filter, both, expression, quoted
 from delf_milvus.store.keys import Int64Array, feature_keys, image_key
-from delf_milvus.store.profiles import INDEX_FROM, METRIC, IndexProfile, choose, search_params
+from delf_milvus.store.profiles import (
+    INDEX_FROM,
+    METRIC,
+    IndexProfile,
+    choose,
+    scalar_index,
+    search_params,
+    version_at_least,
+)
 from delf_milvus.store.records import ImageRecord, Row
-from delf_milvus.store.schema import CollectionFacts, CollectionSpec, keypoint_fields
+from delf_milvus.store.schema import CollectionFacts, CollectionSpec, declared_fields, keypoint_fields
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -64,7 +74,8 @@ class StoreStatus:
     backend: "Milvus Lite 3.2.2". uri: without secrets. collection: the name both collections start with; exists tells
     whether they do. images, features: rows. index_asked: the setting. index_used, index_params: what is built.
     substitute_for: the index that index_used stands in for because this backend lacks it, or "". index_state: as Milvus
-    says. fingerprint: of the model that filled the collection.
+    says. fingerprint: of the model that filled the collection. fields: declarations of the fields that a search can be
+    filtered by. tenant_field: the one that keeps tenants apart, or "".
     """
 
     backend: str
@@ -79,6 +90,8 @@ class StoreStatus:
     substitute_for: str
     index_state: str
     fingerprint: Fingerprint | None
+    fields: Mapping[str, str]
+    tenant_field: str
     schema_version: int
 
 
@@ -118,6 +131,13 @@ class FeatureStore:
         self._settings = settings
         self._max_features = max_features
         self._index_from = index_from
+        self._tenant = settings.tenant
+        tenants = {settings.tenant_field: "text"} if settings.tenant_field else {}
+        self._declared = declared({**tenants, **settings.fields})
+        if any(field.name == settings.tenant_field and field.declaration != "text" for field in self._declared):
+            raise UsageError(f"The tenant field {settings.tenant_field!r} is text without a default.")
+        if reserved := schema.RESERVED.intersection(field.name for field in self._declared):
+            raise UsageError(f"No field can be declared as {min(reserved)!r}: that name is reserved; choose another.")
         self._state_lock = threading.RLock()
         self._facts: CollectionFacts | None = None
         self._index = _Index("", {}, "")
@@ -195,11 +215,9 @@ class FeatureStore:
         Raises InputError (an id or metadata that cannot be stored), CollectionError (features of another length, or
         more than the collection was made for), DatabaseError.
         """
-        latest = {record.image_id: (record, features) for record, features in items}
+        latest = {record.image_id: (self.typed(record), features) for record, features in items}
         if not latest:
             return
-        for record, _ in latest.values():
-            records.checked(record)
         with self._db.write_lock:
             facts = self._created()
             fingerprint = facts.fingerprint
@@ -220,32 +238,43 @@ class FeatureStore:
 
             self._written = True
             self._delete_rows(self._images, list(stored))
-            self._write_features(complete)
+            self._write_features(complete, facts)
             self._delete_rows(self._features, leftovers)
-            sizes = [sum(len(str(value)) for value in row.values()) for row in image_rows]
-            for batch in records.batches(image_rows, sizes, self._settings.batch_bytes):
-                self._write_rows(self._images, batch)
+            self._write_images(image_rows)
 
     def describe(self, changed: Sequence[ImageRecord]) -> None:
         """Rewrite uri, root and metadata of stored images; their features stay. Ids that are not stored are left out.
 
+        Where a declared field changes, its copies in the features change with it: as in `write`, the image does not
+        exist meanwhile.
+
         Raises InputError (metadata that cannot be stored) and DatabaseError.
         """
-        for record in changed:
-            records.checked(record)
+        changed = [self.typed(record) for record in changed]
         with self._db.write_lock:
             facts = self._attach()
             if facts is None:
                 return
-            fields = (*records.RECORD_FIELDS, *keypoint_fields(facts.chunks), "global_descriptor")
+            names = [field.name for field in facts.declared]
+            fields = (*records.RECORD_FIELDS, *names, *keypoint_fields(facts.chunks), "global_descriptor")
             for start in range(0, len(changed), _DESCRIBED):
                 batch = {record.key: record for record in changed[start : start + _DESCRIBED]}
                 found = self._rows(list(batch), fields)
-                rows = [records.described(row, batch[key]) for key, row in found.items()]
-                self._written = self._written or bool(rows)
-                sizes = [sum(len(str(value)) for value in row.values()) for row in rows]
-                for part in records.batches(rows, sizes, self._settings.batch_bytes):
-                    self._write_rows(self._images, part)
+                self._written = self._written or bool(found)
+                moved = [key for key, row in found.items() if any(row[n] != batch[key].metadata[n] for n in names)]
+                self._delete_rows(self._images, moved)
+                for key in moved:
+                    values = {name: batch[key].metadata[name] for name in names}
+                    self._redeclare(key, int(found[key]["feature_count"]), values)
+                self._write_images([records.described(row, batch[key]) for key, row in found.items()])
+
+    def typed(self, record: ImageRecord) -> ImageRecord:
+        """The record as this collection stores it: checked, declared fields typed, tenant filled in.
+
+        Raises InputError for what cannot be stored, and UsageError where the collection keeps tenants apart and none
+        is set.
+        """
+        return records.typed(record, self._attach() or self._planned(), self._owner())
 
     def delete(self, image_ids: Iterable[str]) -> Ids:
         """Delete images: their rows first, then their features. Returns the ids that existed, in the given order."""
@@ -259,17 +288,23 @@ class FeatureStore:
 
     def records(self, image_ids: Iterable[str]) -> dict[str, ImageRecord]:
         """The records of those of the ids that exist, by id, in the given order."""
-        wanted = {image_key(image_id): image_id for image_id in image_ids}
-        rows = self._rows(list(wanted), (*records.RECORD_FIELDS, records.METADATA))
-        found = ((image_id, rows[key]) for key, image_id in wanted.items() if key in rows)
-        return {image_id: records.record_of(row) for image_id, row in found if row["image_id"] == image_id}
+        facts = self._attach()
+        if facts is None:
+            return {}
+        owner = self._owner()
+        wanted = {image_key(image_id, owner): image_id for image_id in image_ids}
+        found = self._records(list(wanted), facts)
+        return {wanted[key]: record for key, record in found.items() if record.image_id == wanted[key]}
 
-    def neighbours(self, descriptors: Float32Array, k: int) -> tuple[Int64Array, Float32Array]:
+    def neighbours(self, descriptors: Float32Array, k: int, where: Filter = "") -> tuple[Int64Array, Float32Array]:
         """The k most similar stored descriptors of each query descriptor.
 
-        descriptors: (Q, D) float32 of unit norm. Returns feature keys (Q, k) int64 and similarities (Q, k) float32,
-        nearest first, padded with PADDING_KEY and PADDING_SIMILARITY where there are fewer, or no collection yet.
-        Raises CollectionError for descriptors of another length, DatabaseError.
+        descriptors: (Q, D) float32 of unit norm. where: only features whose image meets this, in declared fields; see
+        `filters`. With a tenant set, only that tenant's. Returns feature keys (Q, k) int64 and similarities (Q, k)
+        float32, nearest first, padded with PADDING_KEY and PADDING_SIMILARITY where there are fewer, or no collection
+        yet.
+        Raises CollectionError for descriptors of another length, UsageError for a filter that does not fit the
+        collection, DatabaseError.
         """
         count = len(descriptors)
         keys = np.full((count, k), PADDING_KEY, np.int64)
@@ -283,10 +318,11 @@ class FeatureStore:
                 f"of {facts.fingerprint.dim}: search with the model that it was made with."
             )
         queries = np.ascontiguousarray(descriptors, dtype=np.float32)
+        condition = both(self._of_tenant(facts), expression(where, facts.declared))
         params = self._search_parameters(k)
         step = max(1, min(_QUERIES, _HITS // k))
         for start in range(0, count, step):
-            for row, hits in enumerate(self._search(queries[start : start + step], k, params), start):
+            for row, hits in enumerate(self._search(queries[start : start + step], k, params, condition), start):
                 found = len(hits.ids)
                 keys[row, :found] = hits.ids
                 similarities[row, :found] = hits.distances
@@ -301,10 +337,10 @@ class FeatureStore:
         if facts is None:
             return {}
         wanted = [int(key) for key in image_keys]
-        fields = (*records.RECORD_FIELDS, records.METADATA, *schema.keypoint_fields(facts.chunks))
+        fields = (*records.record_fields(facts), *schema.keypoint_fields(facts.chunks))
         rows = self._rows(wanted, fields, _SESSION)
         return {
-            key: (records.record_of(rows[key]), records.features_of(rows[key], facts.chunks))
+            key: (records.record_of(rows[key], facts.tenant_field), records.features_of(rows[key], facts.chunks))
             for key in wanted
             if key in rows
         }
@@ -336,6 +372,8 @@ class FeatureStore:
             substitute_for=wanted.substitute_for if wanted.index_type == index.type else "",
             index_state=index.state,
             fingerprint=facts.fingerprint if facts else None,
+            fields={field.name: field.declaration for field in (facts.declared if facts else self._declared)},
+            tenant_field=facts.tenant_field if facts else self._settings.tenant_field,
             schema_version=facts.schema_version if facts else schema.SCHEMA_VERSION,
         )
 
@@ -380,21 +418,25 @@ class FeatureStore:
         """The images in the order of their ids.
 
         prefix: only ids that start so. limit: at most so many. root: only images ingested from this folder. after: only
-        ids beyond this one, to go on from an earlier listing. Memory holds one id for each image that is listed.
+        ids beyond this one, to go on from an earlier listing. With a tenant set, only that tenant's images.
+        Memory holds one id for each image that is listed.
         """
-        conditions = []
+        facts = self._attach()
+        if facts is None:
+            return
+        conditions = [tenant] if (tenant := self._of_tenant(facts)) else []
         if prefix:
             # A range, because the wildcards of `like` cannot be escaped on every version.
             end = prefix + chr(0x10FFFF)
-            conditions.append(f"image_id >= {records.quoted(prefix)} and image_id <= {records.quoted(end)}")
+            conditions.append(f"image_id >= {quoted(prefix)} and image_id <= {quoted(end)}")
         if root is not None:
-            conditions.append(f"root == {records.quoted(root)}")
+            conditions.append(f"root == {quoted(root)}")
         if after:
-            conditions.append(f"image_id > {records.quoted(after)}")
-        found = (row["image_id"] for row in self._scan(" and ".join(conditions)))
-        ids = sorted(found) if limit is None else heapq.nsmallest(limit, found)
-        for start in range(0, len(ids), _KEYS):
-            yield from self.records(ids[start : start + _KEYS]).values()
+            conditions.append(f"image_id > {quoted(after)}")
+        found = ((row["image_id"], int(row["image_key"])) for row in self._scan(" and ".join(conditions)))
+        chosen = sorted(found) if limit is None else heapq.nsmallest(limit, found)
+        for start in range(0, len(chosen), _KEYS):
+            yield from self._records([key for _, key in chosen[start : start + _KEYS]], facts).values()
 
     def _attach(self) -> CollectionFacts | None:
         """The facts of the collections, checked and loaded; None while they do not exist."""
@@ -432,7 +474,40 @@ class FeatureStore:
                 f"The collection {self._collection!r} at {self._db.where} was made with another model ({differences}); "
                 "use that model and those settings, or ingest into a new collection with --collection."
             )
+        if self._declared and (facts.declared, facts.tenant_field) != (self._declared, self._settings.tenant_field):
+            kept = ", ".join(f"{field.name}: {field.declaration}" for field in facts.declared) or "none"
+            raise CollectionError(
+                f"The collection {self._collection!r} at {self._db.where} was made with other declared fields ({kept}"
+                f"{f'; tenant: {facts.tenant_field}' if facts.tenant_field else ''}); declare these or none, or ingest "
+                "into a new collection with --collection."
+            )
         return facts
+
+    def _planned(self) -> CollectionFacts:
+        """The facts that new collections get."""
+        fingerprint = self._facts.fingerprint if self._facts else self._fingerprint
+        if fingerprint is None:
+            raise UsageError(f"There is no collection {self._collection!r} yet, and no model to create it for.")
+        if self._facts:
+            return self._facts
+        chunks = chunks_needed(self._max_features, fingerprint.dim)
+        return CollectionFacts(fingerprint, chunks, self._declared, self._settings.tenant_field)
+
+    def _owner(self) -> str:
+        """The tenant whose images are read and written by id; "" in a collection without tenants."""
+        tenant_field = self._facts.tenant_field if self._facts else self._settings.tenant_field
+        if tenant_field and not self._tenant:
+            raise UsageError(
+                f"The collection {self._collection!r} keeps tenants apart by {tenant_field!r}: say whose images are "
+                "meant with --tenant."
+            )
+        if self._tenant and not tenant_field:
+            raise UsageError(f"The collection {self._collection!r} has no tenants; leave --tenant out.")
+        return self._tenant
+
+    def _of_tenant(self, facts: CollectionFacts) -> str:
+        """The condition that keeps to the tenant, "" where none is set."""
+        return f"{facts.tenant_field} == {quoted(self._owner())}" if self._tenant else ""
 
     def _created(self) -> CollectionFacts:
         """The facts of the collections, which are created where they are absent."""
@@ -440,13 +515,11 @@ class FeatureStore:
         if facts is not None:
             return facts
         with self._state_lock:
-            fingerprint = self._facts.fingerprint if self._facts else self._fingerprint
-            if fingerprint is None:
-                raise UsageError(f"There is no collection {self._collection!r} yet, and no model to create it for.")
-            chunks = self._facts.chunks if self._facts else chunks_needed(self._max_features, fingerprint.dim)
-            made = CollectionFacts(fingerprint, chunks)
-            self._create(self._features, schema.features_spec(fingerprint.dim), made, self._profile(0))
-            self._create(self._images, schema.images_spec(fingerprint.dim, chunks), made, _FLAT)
+            made = self._planned()
+            fields = declared_fields(made.declared, made.tenant_field)
+            dim = made.fingerprint.dim
+            self._create(self._features, schema.features_spec(dim, fields), made, self._profile(0))
+            self._create(self._images, schema.images_spec(dim, made.chunks, fields), made, _FLAT)
             facts = self._attach()
         if facts is None:
             raise CollectionError(f"The collection {self._collection!r} vanished while it was created; try again.")
@@ -456,10 +529,14 @@ class FeatureStore:
         with self._db.asking(f"creating the collection {name!r}"):
             if self._client.has_collection(name, timeout=self._settings.timeout):
                 return
+            indexes = self._index_params(spec.vector, profile)
+            for field in spec.filtered:
+                if kind := scalar_index(field.type, self._db.backend, self._db.version):
+                    indexes.add_index(field.name, index_type=kind, index_name=field.name)
             self._client.create_collection(
                 name,
                 schema=schema.to_pymilvus(spec),
-                index_params=self._index_params(spec.vector, profile),
+                index_params=indexes,
                 properties={schema.PROPERTY: facts.to_json()},
                 consistency_level=_SESSION,
                 timeout=self._settings.timeout,
@@ -539,7 +616,7 @@ class FeatureStore:
         index = self._index
         return {"metric_type": METRIC, "params": search_params(index.type, index.params, self._settings.nprobe, k)}
 
-    def _search(self, queries: Float32Array, k: int, params: dict[str, Any]) -> Any:
+    def _search(self, queries: Float32Array, k: int, params: dict[str, Any], condition: str = "") -> Any:
         return self._reading(
             "searching for neighbours",
             self._client.search,
@@ -547,6 +624,7 @@ class FeatureStore:
             list(queries),
             anns_field="descriptor",
             limit=k,
+            filter=condition,
             search_params=params,
             # Without any output field Milvus Lite would return all of them.
             output_fields=["feature_key"] if self._db.backend == "lite" else [],
@@ -558,6 +636,11 @@ class FeatureStore:
         if self._attach() is None:
             return {}
         return self._by_key(self._images, "image_key", keys, fields, consistency)
+
+    def _records(self, keys: Sequence[int], facts: CollectionFacts) -> dict[int, ImageRecord]:
+        """Records by image key, those that exist, in the given order."""
+        rows = self._rows(keys, records.record_fields(facts))
+        return {key: records.record_of(rows[key], facts.tenant_field) for key in keys if key in rows}
 
     def _by_key(
         self, name: str, primary: str, keys: Sequence[int], fields: Sequence[str], consistency: str
@@ -585,7 +668,7 @@ class FeatureStore:
             self._images,
             batch_size=_PAGE,
             filter=condition,
-            output_fields=["image_id"],
+            output_fields=["image_id", "image_key"],
             consistency_level=_STRONG,
         )
         try:
@@ -620,17 +703,39 @@ class FeatureStore:
         keys.extend(feature_keys(first >> ORDINAL_BITS, MAX_FEATURES, unknown[first]) for first in found)
         return np.concatenate(keys).tolist() if keys else []
 
-    def _write_features(self, written: Mapping[int, tuple[ImageRecord, Features]]) -> None:
-        rows = [row for key, (_, features) in written.items() for row in records.feature_rows(key, features)]
+    def _write_features(self, written: Mapping[int, tuple[ImageRecord, Features]], facts: CollectionFacts) -> None:
+        rows: list[Row] = []
+        for key, (record, features) in written.items():
+            rows += records.feature_rows(key, features, {f.name: record.metadata[f.name] for f in facts.declared})
+        self._write_feature_rows(rows)
+
+    def _write_feature_rows(self, rows: Sequence[Row]) -> None:
         if rows:
-            size = 4 * len(rows[0]["descriptor"]) + 64
+            size = 4 * len(rows[0]["descriptor"]) + sum(len(str(v)) for k, v in rows[0].items() if k != "descriptor")
             for batch in records.batches(rows, [size] * len(rows), self._settings.batch_bytes):
                 self._write_rows(self._features, batch)
+
+    def _write_images(self, rows: Sequence[Row]) -> None:
+        sizes = [sum(len(str(value)) for value in row.values()) for row in rows]
+        for batch in records.batches(rows, sizes, self._settings.batch_bytes):
+            self._write_rows(self._images, batch)
+
+    def _redeclare(self, key: int, count: int, values: Mapping[str, Any]) -> None:
+        """Rewrite the features of an image with other values of its declared fields."""
+        fields = [field.name for field in schema.features_spec(1).fields]
+        found = self._by_key(self._features, "feature_key", feature_keys(key, count).tolist(), fields, _STRONG)
+        self._write_feature_rows([{**row, **values} for row in found.values()])
 
     def _write_rows(self, name: str, rows: Sequence[Row]) -> None:
         """Write whole rows, replacing those of the same key."""
         # On Milvus Lite the newest row of a key wins however it was written; its upsert looks for each old row first.
-        write = self._client.insert if self._db.backend == "lite" else self._client.upsert
+        replaces = self._db.backend == "lite"
+        if self._facts and self._facts.tenant_field and not replaces and not version_at_least(self._db.version, 2, 4):
+            # Before 2.4 an upsert puts rows into partitions that a search for their tenant does not look in.
+            primary = "image_key" if name == self._images else "feature_key"
+            self._delete_rows(name, [row[primary] for row in rows])
+            replaces = True
+        write = self._client.insert if replaces else self._client.upsert
         with self._db.asking("writing"):
             write(name, list(rows), timeout=self._settings.timeout)
 

@@ -8,6 +8,7 @@ name, searches by brute force and then cannot load the collection again.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,6 +77,22 @@ def search_params(index_type: str, index_params: Mapping[str, int], nprobe: int,
     if index_type.startswith("HNSW"):
         return {"ef": max(128, neighbours)}
     return {}
+
+
+def scalar_index(field_type: str, backend: Backend, version: str) -> str:
+    """The index of a field that searches are filtered by, "" for a type that this database cannot index.
+
+    version: as `Connection.version` says it. Inverted indexes came with Milvus 2.4.
+    """
+    if backend == "lite" or version_at_least(version, 2, 4):
+        return "INVERTED"
+    return {"VARCHAR": "Trie", "INT64": "STL_SORT", "DOUBLE": "STL_SORT"}.get(field_type, "")
+
+
+def version_at_least(version: str, major: int, minor: int) -> bool:
+    """Whether "Milvus 2.3.5-lite" is at least a version; a text without numbers is taken for a current one."""
+    found = re.search(r"(\d+)\.(\d+)", version)
+    return found is None or (int(found[1]), int(found[2])) >= (major, minor)
 
 
 def _lists(rows: int) -> int:

@@ -1,7 +1,7 @@
 """Images and their features as rows of the two collections, and back.
 
 What a caller gives is checked here, before anything is written: ids and metadata come from strangers' folders and
-tables. Filter expressions are built from integers and from `quoted` strings only.
+tables.
 """
 
 from __future__ import annotations
@@ -14,11 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from delf_milvus.errors import CollectionError, DatabaseError, InputError
+from delf_milvus.errors import CollectionError, DatabaseError, InputError, one_line
 from delf_milvus.features import Features, Fingerprint, Float32Array
 from delf_milvus.store.codec import pack, split, unpack
+from delf_milvus.store.fields import typed_values
 from delf_milvus.store.keys import feature_keys, image_key
-from delf_milvus.store.schema import MAX_ID_BYTES, MAX_METADATA_BYTES, MAX_URI_BYTES, images_spec, keypoint_fields
+from delf_milvus.store.schema import (
+    MAX_ID_BYTES,
+    MAX_METADATA_BYTES,
+    MAX_URI_BYTES,
+    RESERVED,
+    CollectionFacts,
+    keypoint_fields,
+)
 
 Row = dict[str, Any]
 """One row as pymilvus takes and gives it."""
@@ -45,8 +53,9 @@ class ImageRecord:
     """One image of a collection, without its features.
 
     uri: where it was read from. sha256: of its bytes, hexadecimal. root: the folder it was ingested from, or "".
-    metadata: free fields, values as in JSON. width, height: pixels, upright. model: short fingerprint.
-    ingested_at: ISO 8601, UTC. `FeatureStore.write` fills in the last five and feature_count.
+    metadata: declared and free fields, values as in JSON. tenant: whose it is, "" in a collection without tenants.
+    width, height: pixels, upright. model: short fingerprint. ingested_at: ISO 8601, UTC.
+    `FeatureStore.write` fills in the last five and feature_count.
     """
 
     image_id: str
@@ -54,6 +63,7 @@ class ImageRecord:
     sha256: str = ""
     root: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    tenant: str = ""
     width: int = 0
     height: int = 0
     feature_count: int = 0
@@ -63,21 +73,11 @@ class ImageRecord:
     @property
     def key(self) -> int:
         """The image's key."""
-        return image_key(self.image_id)
+        return image_key(self.image_id, self.tenant)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `--json`."""
         return {**{name: getattr(self, name) for name in RECORD_FIELDS}, "metadata": dict(self.metadata)}
-
-
-def quoted(text: str) -> str:
-    """The text as a string literal of a filter expression, so that it cannot end early or mean anything else.
-
-    Characters beyond ASCII stay as they are: neither Milvus Lite nor Milvus 2.3 knows the escape \\u.
-    """
-    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
-        text = text.replace(character, escape)
-    return f'"{text}"'
 
 
 def checked(record: ImageRecord) -> None:
@@ -98,9 +98,8 @@ def checked(record: ImageRecord) -> None:
             raise InputError(f"The {name} of image {shown!r} has {size} bytes or a NUL; at most {limit} can be stored.")
     if not record.image_id:
         raise InputError("An image needs an id that is not empty.")
-    reserved = {one.name for one in images_spec(dim=1, chunks=1).fields}
     for name in record.metadata:
-        if not name or name in reserved or name.startswith(("$", "_", "keypoints_")):
+        if not name or name in RESERVED or name.startswith(("$", "_", "keypoints_")):
             raise InputError(
                 f"Metadata of image {shown!r} cannot be called {name!r}: that name is reserved; rename it."
             )
@@ -110,6 +109,25 @@ def checked(record: ImageRecord) -> None:
         raise InputError(f"Metadata of image {shown!r} cannot be stored as JSON: {error}.") from None
     if size > MAX_METADATA_BYTES:
         raise InputError(f"Metadata of image {shown!r} has {size} bytes; at most {MAX_METADATA_BYTES} can be stored.")
+
+
+def typed(record: ImageRecord, facts: CollectionFacts, tenant: str) -> ImageRecord:
+    """The record as this collection stores it: checked, its declared fields typed, and of this tenant.
+
+    Raises InputError for what cannot be stored, a declared field of another type or missing, or another tenant.
+    """
+    checked(record)
+    if not facts.declared:
+        return record
+    metadata = dict(record.metadata)
+    shown = one_line(record.image_id)
+    if facts.tenant_field and metadata.setdefault(facts.tenant_field, tenant) != tenant:
+        raise InputError(
+            f"Image {shown} says {facts.tenant_field} = {metadata[facts.tenant_field]!r}, but this is written for the "
+            f"tenant {tenant!r}; write each tenant's images on its own."
+        )
+    values = typed_values(facts.declared, metadata, shown)
+    return replace(record, metadata=metadata | values, tenant=tenant if facts.tenant_field else "")
 
 
 def completed(record: ImageRecord, features: Features, fingerprint: Fingerprint) -> ImageRecord:
@@ -154,8 +172,9 @@ def image_row(record: ImageRecord, features: Features, chunks: int) -> Row:
     return row
 
 
-def feature_rows(key: int, features: Features) -> list[Row]:
-    """One row for each feature, in falling attention."""
+def feature_rows(key: int, features: Features, declared: Mapping[str, Any] | None = None) -> list[Row]:
+    """One row for each feature, in falling attention; `declared` are the image's fields that each row repeats."""
+    common = {"image_key": key, **(declared or {})}
     columns = zip(
         feature_keys(key, len(features)).tolist(),
         features.descriptors,
@@ -169,29 +188,33 @@ def feature_rows(key: int, features: Features) -> list[Row]:
         {
             "feature_key": feature,
             "descriptor": descriptor,
-            "image_key": key,
             "x": x,
             "y": y,
             "scale": scale,
             "attention": attention,
+            **common,
         }
         for feature, descriptor, x, y, scale, attention in columns
     ]
 
 
-def record_of(row: Row) -> ImageRecord:
-    """The record in an image's row that was asked for with `RECORD_FIELDS` and `METADATA`."""
-    known = {one.name for one in images_spec(dim=1, chunks=1).fields}
+def record_fields(facts: CollectionFacts) -> tuple[str, ...]:
+    """Output fields that `record_of` needs."""
+    return (*RECORD_FIELDS, *(one.name for one in facts.declared), METADATA)
+
+
+def record_of(row: Row, tenant_field: str = "") -> ImageRecord:
+    """The record in an image's row that was asked for with `record_fields`."""
     metadata = {
-        name: value for name, value in row.items() if name not in known and not name.startswith(("$", "keypoints_"))
+        name: value for name, value in row.items() if name not in RESERVED and not name.startswith(("$", "keypoints_"))
     }
-    return ImageRecord(**{name: row[name] for name in RECORD_FIELDS}, metadata=metadata)
+    tenant = str(row[tenant_field]) if tenant_field else ""
+    return ImageRecord(**{name: row[name] for name in RECORD_FIELDS}, metadata=metadata, tenant=tenant)
 
 
 def described(row: Row, record: ImageRecord) -> Row:
     """An image's row, asked for with all its declared fields, with another uri, root and metadata."""
-    declared = {one.name for one in images_spec(dim=1, chunks=1).fields}
-    kept = {name: value for name, value in row.items() if name in declared or name.startswith("keypoints_")}
+    kept = {name: value for name, value in row.items() if name in RESERVED or name.startswith("keypoints_")}
     return {**record.metadata, **kept, "uri": record.uri, "root": record.root}
 
 

@@ -7,16 +7,19 @@ property of each of them: Milvus Lite keeps properties, but neither the descript
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
+from delf_milvus.errors import UsageError
 from delf_milvus.features import Fingerprint
 from delf_milvus.store.codec import MAX_TEXT
+from delf_milvus.store.fields import MAX_TEXT_BYTES, DeclaredField, FieldKind
 
 if TYPE_CHECKING:
     from pymilvus import CollectionSchema
 
-FieldType = Literal["INT64", "FLOAT", "VARCHAR", "FLOAT_VECTOR"]
+FieldType = Literal["INT64", "FLOAT", "DOUBLE", "BOOL", "VARCHAR", "FLOAT_VECTOR"]
 
 SCHEMA_VERSION = 1
 """Version of both collections' fields, of the keys and of the packed text."""
@@ -39,27 +42,50 @@ IMAGES_SUFFIX = "_images"
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a collection. `size`: bytes of a VARCHAR, components of a FLOAT_VECTOR, else 0."""
+    """One field of a collection.
+
+    size: bytes of a VARCHAR, components of a FLOAT_VECTOR, else 0. tenant: rows are partitioned by it.
+    """
 
     name: str
     type: FieldType
     description: str
     size: int = 0
     primary: bool = False
+    tenant: bool = False
 
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """A collection: its fields, the vector field that is indexed, and whether rows carry free (dynamic) fields."""
+    """A collection: its fields, the vector field that is indexed, whether rows carry free (dynamic) fields, and the
+    fields (among the others) that searches are filtered by."""
 
     suffix: str
     description: str
     fields: tuple[Field, ...]
     vector: str
     dynamic: bool
+    filtered: tuple[Field, ...] = ()
 
 
-def features_spec(dim: int) -> CollectionSpec:
+_TYPES: dict[FieldKind, FieldType] = {"text": "VARCHAR", "integer": "INT64", "number": "DOUBLE", "boolean": "BOOL"}
+
+
+def declared_fields(fields: Sequence[DeclaredField], tenant_field: str) -> tuple[Field, ...]:
+    """The fields that both collections have for the declared ones."""
+    return tuple(
+        Field(
+            field.name,
+            _TYPES[field.kind],
+            f"declared: {field.declaration}",
+            MAX_TEXT_BYTES if field.kind == "text" else 0,
+            tenant=field.name == tenant_field,
+        )
+        for field in fields
+    )
+
+
+def features_spec(dim: int, declared: tuple[Field, ...] = ()) -> CollectionSpec:
     """The collection with one row for each keypoint, descriptors of `dim` components."""
     return CollectionSpec(
         FEATURES_SUFFIX,
@@ -72,9 +98,11 @@ def features_spec(dim: int) -> CollectionSpec:
             Field("y", "FLOAT", "pixels of the image as decoded upright, pixel centres at integers"),
             Field("scale", "FLOAT", "1 / pyramid scale"),
             Field("attention", "FLOAT", "attention score"),
+            *declared,
         ),
         "descriptor",
         dynamic=False,
+        filtered=declared,
     )
 
 
@@ -83,7 +111,7 @@ def keypoint_fields(chunks: int) -> list[str]:
     return ["keypoints" if part == 0 else f"keypoints_{part}" for part in range(chunks)]
 
 
-def images_spec(dim: int, chunks: int) -> CollectionSpec:
+def images_spec(dim: int, chunks: int, declared: tuple[Field, ...] = ()) -> CollectionSpec:
     """The collection with one row for each image, its packed features in `chunks` fields."""
     return CollectionSpec(
         IMAGES_SUFFIX,
@@ -101,23 +129,34 @@ def images_spec(dim: int, chunks: int) -> CollectionSpec:
             Field("root", "VARCHAR", "folder that this image was ingested from", MAX_URI_BYTES),
             *(Field(name, "VARCHAR", "packed features, base64", MAX_TEXT) for name in keypoint_fields(chunks)),
             Field("global_descriptor", "FLOAT_VECTOR", "attention-weighted mean descriptor, or zeros", dim),
+            *declared,
         ),
         "global_descriptor",
         dynamic=True,
+        filtered=declared,
     )
+
+
+RESERVED = frozenset(field.name for spec in (features_spec(1), images_spec(1, 1)) for field in spec.fields)
+"""Names that neither a declared field nor free metadata can have."""
 
 
 @dataclass(frozen=True)
 class CollectionFacts:
-    """What a collection was made for: the model, how many VARCHAR fields a packed image has, the schema's version."""
+    """What a collection was made for: the model, how many VARCHAR fields a packed image has, the declared fields, which
+    of them is the tenant ("" for none), and the schema's version."""
 
     fingerprint: Fingerprint
     chunks: int
+    declared: tuple[DeclaredField, ...] = ()
+    tenant_field: str = ""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
         """Canonical JSON text, the value of the property `PROPERTY`."""
-        return json.dumps({**asdict(self), "fingerprint": json.loads(self.fingerprint.to_json())}, sort_keys=True)
+        fields = {field.name: field.declaration for field in self.declared}
+        fingerprint = json.loads(self.fingerprint.to_json())
+        return json.dumps({**asdict(self), "fingerprint": fingerprint, "declared": fields}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> CollectionFacts:
@@ -126,11 +165,13 @@ class CollectionFacts:
             values = json.loads(text)
             version, chunks = int(values["schema_version"]), int(values["chunks"])
             fingerprint = values["fingerprint"]
-        except (TypeError, KeyError) as error:
+            declared = tuple(DeclaredField.parse(*item) for item in sorted(values.get("declared", {}).items()))
+            tenant_field = str(values.get("tenant_field", ""))
+        except (TypeError, KeyError, AttributeError, UsageError) as error:
             raise ValueError(f"not the facts of a collection: {error}") from error
         if version != SCHEMA_VERSION:
             raise ValueError(f"schema version {version}, this program knows {SCHEMA_VERSION}")
-        return CollectionFacts(Fingerprint.from_json(json.dumps(fingerprint)), chunks, version)
+        return CollectionFacts(Fingerprint.from_json(json.dumps(fingerprint)), chunks, declared, tenant_field, version)
 
 
 def to_pymilvus(spec: CollectionSpec) -> CollectionSchema:
@@ -141,6 +182,11 @@ def to_pymilvus(spec: CollectionSpec) -> CollectionSchema:
     for field in spec.fields:
         sizes = {"VARCHAR": {"max_length": field.size}, "FLOAT_VECTOR": {"dim": field.size}}.get(field.type, {})
         schema.add_field(
-            field.name, DataType[field.type], is_primary=field.primary, description=field.description, **sizes
+            field.name,
+            DataType[field.type],
+            is_primary=field.primary,
+            is_partition_key=field.tenant,
+            description=field.description,
+            **sizes,
         )
     return schema

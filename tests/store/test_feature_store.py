@@ -26,8 +26,9 @@ from delf_milvus.errors import CollectionError, DatabaseError, InputError, Usage
 from delf_milvus.features import Features
 from delf_milvus.settings import StoreSettings
 from delf_milvus.store.feature_store import PADDING_KEY, PADDING_SIMILARITY, FeatureStore
+from delf_milvus.store.filters import quoted
 from delf_milvus.store.keys import feature_keys, image_key, split_keys
-from delf_milvus.store.records import ImageRecord, quoted
+from delf_milvus.store.records import ImageRecord
 
 RNG = np.random.default_rng(11)
 
