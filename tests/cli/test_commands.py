@@ -59,11 +59,35 @@ def test_search_prints_a_table_or_one_object(workplace: Path) -> None:
     assert result["matched"] is True
     hit = result["hits"][0]
     names = ["rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "score", "transform", "box"]
-    assert list(hit) == names
+    assert list(hit) == [*names, "metadata"]
     assert np.shape(hit["transform"]) == (2, 3)
     steps = {"decode", "extract", "neighbours", "vote", "geometry", "match", "verify", "total"}
     assert result["timings"].keys() == steps
     assert result["timings"]["total"] == pytest.approx(sum(result["timings"][s] for s in steps - {"total"}), abs=1e-4)
+
+
+def test_filters_and_tenants_from_a_listing(tmp_path: Path) -> None:
+    for seed in range(3):
+        save_photo(tmp_path / "photos" / f"{seed}.png", make_photo(seed))
+    save_photo(tmp_path / "query.png", np.ascontiguousarray(make_photo(2)[20:220, 30:300]))
+    (tmp_path / "list.csv").write_text("path,id,year,note\n0.png,zero,1990,a\n1.png,one,2001,b\n2.png,two,2002,c\n")
+    declared = ["--field", "year:integer", "--tenant-field", "shop"]
+    missing = call(tmp_path, "ingest", "photos", *declared)
+    assert missing.returncode == 2
+    assert "--tenant" in missing.stderr
+    ingest = ["--tenant", "mine", "--json", "ingest", "photos", "--ids-from", "list.csv"]
+    assert json.loads(call(tmp_path, *ingest, *declared).stdout)["added"] == 3
+    search = ["--tenant", "mine", "--json", "search", "query.png", "--filter"]
+    (hit,) = json.loads(call(tmp_path, *search, "year >= 2002").stdout)["hits"]
+    assert (hit["image_id"], hit["metadata"]) == ("two", {"year": 2002, "shop": "mine", "note": "c"})
+    assert call(tmp_path, *search, "year < 2002").returncode == 1
+    assert call(tmp_path, "--tenant", "another", "search", "query.png").returncode == 1
+    # Without a listing the second run leaves what was declared as it is.
+    unchanged = json.loads(call(tmp_path, *ingest).stdout)
+    assert (unchanged["unchanged"], unchanged["updated"]) == (3, 0)
+    (tmp_path / "list.csv").write_text("path,id,year\n2.png,two,1990\n")
+    assert json.loads(call(tmp_path, *ingest).stdout)["updated"] == 1
+    assert call(tmp_path, *search, "year >= 2002").returncode == 1
 
 
 def test_no_match_is_exit_code_1(workplace: Path) -> None:
@@ -138,6 +162,12 @@ def test_failures_are_listed_and_exit_code_1(tmp_path: Path) -> None:
         (["search", "query.png", "--preset", "huge"], 2, "extract.preset"),
         (["search", "query.png", "--box", "1,2,3"], 2, "--box"),
         (["search", "query.png", "--top", "0"], 2, "search.top"),
+        (["search", "query.png", "--filter", "year > 1"], 2, "this collection declares none"),
+        (["search", "query.png", "--filter", "("], 2, "ends before"),
+        (["--tenant", "a", "search", "query.png"], 2, "has no tenants"),
+        (["ingest", "photos", "--field", "year"], 2, "NAME:TYPE"),
+        (["ingest", "photos", "--field", "year:date"], 2, "the types are"),
+        (["ingest", "photos", "--field", "year:integer=0"], 4, "other declared fields"),
         (["--config", "missing.toml", "status"], 2, "missing.toml"),
         (["show", "nothing"], 5, "nothing"),
     ],
