@@ -70,7 +70,7 @@ class ExtractSettings(_Stage):
     stored_features: int | None = Field(None, ge=1, le=4096, description="Most features stored for an image.")
     query_features: int | None = Field(None, ge=1, le=4096, description="Most features of a query photo.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Arithmetic of the network; auto is bf16 where the processor computes it natively."
+        "auto", description="Arithmetic of the network; auto is bf16 where the processor computes it faster."
     )
     selection: Literal["model", "attention", "norm"] = Field(
         "model", description="How cells are scored; model is what the weight file says retrieves better."

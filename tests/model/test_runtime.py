@@ -7,7 +7,7 @@ import torch
 from models import TINY, tiny_network
 
 from delf_milvus.model.delf import Delf
-from delf_milvus.model.runtime import prepare, resolve_dtype
+from delf_milvus.model.runtime import computes_bf16_fast, prepare, resolve_dtype
 from delf_milvus.model.spec import ModelSpec, TrunkSpec
 
 CPU = torch.device("cpu")
@@ -49,6 +49,20 @@ def test_scores_are_fp32_so_that_their_order_is_not_chance() -> None:
     with torch.inference_mode():
         for selection in ("attention", "norm"):
             assert network(torch.rand(1, 3, 64, 64) * 255, selection)[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("processor", "fast"),
+    [
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16 avx512_fp16", False),
+        ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16", True),
+        ("vendor_id : AuthenticAMD\nflags : avx2", False),
+        ("", False),
+    ],
+)
+def test_bf16_is_taken_where_its_instructions_are_the_faster_ones(processor: str, fast: bool) -> None:
+    assert computes_bf16_fast(processor) == fast
 
 
 def test_precision_fp32_is_never_overruled() -> None:
