@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,9 @@ from delf_milvus.settings import StoreSettings
 from delf_milvus.store import connection, records, schema
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.connection import Connection, NotLoadedError
+from delf_milvus.store.indexing import NO_INDEX, Indexing
 from delf_milvus.store.keys import Int64Array, feature_keys, image_key
-from delf_milvus.store.profiles import INDEX_FROM, METRIC, IndexProfile, choose, search_params
+from delf_milvus.store.profiles import INDEX_FROM
 from delf_milvus.store.records import ImageRecord, Row
 from delf_milvus.store.schema import CollectionFacts, CollectionSpec, keypoint_fields
 
@@ -52,7 +53,6 @@ _HITS = 1_000_000
 _KEYS = 1000
 _PAGE = 10000
 _DESCRIBED = 100
-_BUILD_SECONDS = 6 * 3600.0
 _STRONG = "Strong"
 _SESSION = "Session"
 
@@ -82,16 +82,6 @@ class StoreStatus:
     schema_version: int
 
 
-class _Index(NamedTuple):
-    type: str
-    params: dict[str, int]
-    state: str
-
-
-_NO_INDEX = _Index("none", {}, "no index")
-_FLAT = IndexProfile("FLAT", "FLAT")
-
-
 class FeatureStore:
     """Writes, finds and reads the images of one index. Safe to search from many threads; writes queue up.
 
@@ -112,15 +102,12 @@ class FeatureStore:
         self._collection = collection
         self._features = collection + schema.FEATURES_SUFFIX
         self._images = collection + schema.IMAGES_SUFFIX
-        self._feature_vectors = (self._features, "descriptor")
-        self._image_vectors = (self._images, "global_descriptor")
         self._fingerprint = fingerprint
         self._settings = settings
         self._max_features = max_features
-        self._index_from = index_from
         self._state_lock = threading.RLock()
         self._facts: CollectionFacts | None = None
-        self._index = _Index("", {}, "")
+        self._indexing = Indexing(database, self._features, self._images, settings, self._dim, index_from)
         self._ready = False
         self._written = False
 
@@ -283,7 +270,7 @@ class FeatureStore:
                 f"of {facts.fingerprint.dim}: search with the model that it was made with."
             )
         queries = np.ascontiguousarray(descriptors, dtype=np.float32)
-        params = self._search_parameters(k)
+        params = self._indexing.search_params(k)
         step = max(1, min(_QUERIES, _HITS // k))
         for start in range(0, count, step):
             for row, hits in enumerate(self._search(queries[start : start + step], k, params), start):
@@ -321,8 +308,8 @@ class FeatureStore:
         """What there is, counted now."""
         facts = self._attach()
         images, features = (self.count_images(), self.count_features()) if facts else (0, 0)
-        index = self._described_index(*self._feature_vectors) if facts else _Index("none", {}, "no collection")
-        wanted = self._profile(features)
+        index = self._indexing.described(self._features) if facts else NO_INDEX._replace(state="no collection")
+        wanted = self._indexing.profile(self._features, features)
         return StoreStatus(
             backend=self._db.version,
             uri=self._db.where,
@@ -355,23 +342,7 @@ class FeatureStore:
         with self._db.write_lock, self._db.building():
             if self._attach() is None:
                 return
-            wanted = self._profile(self.count_features())
-            self._index = self._described_index(*self._feature_vectors)
-            changes = not wanted.fits(self._index.type, self._index.params)
-            if not changes and not self._written:
-                return
-            if changes or self._db.backend == "lite":
-                # Milvus Lite indexes in the background what is flushed while loaded, and says nothing when it is done.
-                with self._db.asking("releasing the features"):
-                    self._client.release_collection(self._features, timeout=self._settings.timeout)
-            with self._db.asking("flushing the features"):
-                self._client.flush(self._features, timeout=_BUILD_SECONDS)
-            if changes and self._index.type != _NO_INDEX.type:
-                with self._db.asking("dropping the old index"):
-                    self._client.drop_index(*self._feature_vectors, timeout=self._settings.timeout)
-            if changes:
-                self._build_index(*self._feature_vectors, wanted)
-            self._load()
+            self._indexing.exchange(self.count_features(), written=self._written)
             self._written = False
 
     def list(
@@ -445,83 +416,33 @@ class FeatureStore:
                 raise UsageError(f"There is no collection {self._collection!r} yet, and no model to create it for.")
             chunks = self._facts.chunks if self._facts else chunks_needed(self._max_features, fingerprint.dim)
             made = CollectionFacts(fingerprint, chunks)
-            self._create(self._features, schema.features_spec(fingerprint.dim), made, self._profile(0))
-            self._create(self._images, schema.images_spec(fingerprint.dim, chunks), made, _FLAT)
+            self._create(self._features, schema.features_spec(fingerprint.dim), made)
+            self._create(self._images, schema.images_spec(fingerprint.dim, chunks), made)
             facts = self._attach()
         if facts is None:
             raise CollectionError(f"The collection {self._collection!r} vanished while it was created; try again.")
         return facts
 
-    def _create(self, name: str, spec: CollectionSpec, facts: CollectionFacts, profile: IndexProfile) -> None:
+    def _create(self, name: str, spec: CollectionSpec, facts: CollectionFacts) -> None:
         with self._db.asking(f"creating the collection {name!r}"):
             if self._client.has_collection(name, timeout=self._settings.timeout):
                 return
             self._client.create_collection(
                 name,
                 schema=schema.to_pymilvus(spec),
-                index_params=self._index_params(spec.vector, profile),
+                index_params=self._indexing.params(name, self._indexing.profile(name, 0)),
                 properties={schema.PROPERTY: facts.to_json()},
                 consistency_level=_SESSION,
                 timeout=self._settings.timeout,
             )
 
-    def _profile(self, rows: int) -> IndexProfile:
-        dim = self._facts.fingerprint.dim if self._facts else self._fingerprint.dim if self._fingerprint else 1
-        return choose(self._settings.profile, self._db.backend, dim, rows, self._index_from)
-
-    def _index_params(self, vector: str, profile: IndexProfile) -> Any:
-        params = self._client.prepare_index_params()
-        params.add_index(
-            vector,
-            index_type=profile.index_type,
-            index_name=vector,
-            metric_type=METRIC,
-            params=profile.build_params(self._db.backend),
-        )
-        return params
-
-    def _described_index(self, name: str, vector: str) -> _Index:
-        with self._db.asking("reading the index"):
-            found = self._client.describe_index(name, vector, timeout=self._settings.timeout)
-        if not found:
-            return _NO_INDEX
-        flat = {**found, **found.get("params", {})}
-        params = {key: int(flat[key]) for key in ("nlist", "m", "nbits", "M", "efConstruction") if key in flat}
-        return _Index(str(found["index_type"]), params, str(found.get("state", "unknown")))
-
-    def _build_index(self, name: str, vector: str, profile: IndexProfile) -> None:
-        with self._db.building(), self._db.asking(f"building the index {profile.index_type}"):
-            self._client.create_index(name, self._index_params(vector, profile), timeout=_BUILD_SECONDS)
-
-    def _indexed(self, name: str, vector: str) -> _Index:
-        """The index of a collection, which is created where a crash left none."""
-        found = self._described_index(name, vector)
-        if found != _NO_INDEX:
-            return found
-        # An index that another thread is exchanging is missing only meanwhile: wait for that writer.
-        with self._db.write_lock:
-            found = self._described_index(name, vector)
-            if found != _NO_INDEX:
-                return found
-            profile = self._profile(self._rows_unloaded(name)) if name == self._features else _FLAT
-            self._build_index(name, vector, profile)
-            return self._described_index(name, vector)
-
-    def _rows_unloaded(self, name: str) -> int:
-        """About how many rows a collection has that cannot be loaded yet: those flushed, some of them deleted."""
-        with self._db.asking("estimating its size"):
-            return int(self._client.get_collection_stats(name, timeout=self._settings.timeout)["row_count"])
+    def _dim(self) -> int:
+        known = self._facts.fingerprint if self._facts else self._fingerprint
+        return known.dim if known else 1
 
     def _load(self) -> None:
-        """Load what is not loaded, with an index: a server loads nothing without one.
-
-        Milvus Lite releases an indexed collection whenever it is closed.
-        """
-        self._index = self._indexed(*self._feature_vectors)
-        self._indexed(*self._image_vectors)
         for name in (self._features, self._images):
-            with self._db.building(), self._db.asking(f"loading {name!r}"):
-                self._client.load_collection(name, timeout=_BUILD_SECONDS)
+            self._indexing.load(name)
 
     def _reading(self, doing: str, read: Any, *arguments: Any, **options: Any) -> Any:
         """Call the client; where somebody released a collection meanwhile, load it and call again."""
@@ -534,10 +455,6 @@ class FeatureStore:
                 self._load()
             with self._db.asking(doing):
                 return read(*arguments, timeout=self._settings.timeout, **options)
-
-    def _search_parameters(self, k: int) -> dict[str, Any]:
-        index = self._index
-        return {"metric_type": METRIC, "params": search_params(index.type, index.params, self._settings.nprobe, k)}
 
     def _search(self, queries: Float32Array, k: int, params: dict[str, Any]) -> Any:
         return self._reading(

@@ -73,7 +73,7 @@ def raw_search(index: DelfIndex, path: Path) -> float:
     query = matcher.query_features(matcher.decode(path))
     started = time.perf_counter()
     k = index.settings.search.neighbours
-    store._search(query.descriptors, k, store._search_parameters(k))
+    store._search(query.descriptors, k, store._indexing.search_params(k))
     return time.perf_counter() - started
 
 
