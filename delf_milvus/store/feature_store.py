@@ -5,7 +5,7 @@ Invariants, which hold after a crash at any point:
 - An image exists if and only if its row in the images collection does, and then all its features are there.
 - The features of one image, row or no row, have the ordinals 0 to m - 1 without a gap: features are written in rising
   and deleted in falling order. So one look at ordinal n tells whether an earlier, larger version left anything beyond.
-- A collection that a crash left without its index has one again before it is loaded.
+- A collection without its index, after a crash or a drop, has one again before it is loaded, which the first read does.
 
 Similarities are inner products of unit vectors; larger is nearer. A neighbour whose image has no row (a crash came
 between) is to be ignored.
@@ -17,6 +17,7 @@ features have the level "Session": they see everything that this process wrote, 
 from __future__ import annotations
 
 import heapq
+import math
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,24 +30,23 @@ import numpy.typing as npt
 
 from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.features import MAX_FEATURES, ORDINAL_BITS, Features, Fingerprint, Float32Array
-from delf_milvus.settings import StoreSettings
+from delf_milvus.settings import Profile, StoreSettings
 from delf_milvus.store import connection, records, schema
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.connection import Connection, NotLoadedError
-from delf_milvus.store.indexing import NO_INDEX, Indexing
-from delf_milvus.store.keys import Int64Array, feature_keys, image_key
+from delf_milvus.store.hits import PADDING_KEY, PADDING_SIMILARITY, hit_arrays
+from delf_milvus.store.indexing import NO_INDEX, Indexing, IndexStatus, Watcher
+from delf_milvus.store.keys import IMAGE_KEY_BITS, Int64Array, feature_keys, image_key
 from delf_milvus.store.profiles import INDEX_FROM
 from delf_milvus.store.records import ImageRecord, Row
 from delf_milvus.store.schema import CollectionFacts, CollectionSpec, keypoint_fields
+from delf_milvus.store.scratch import Scratch
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
 
 Ids = list[str]
 Keys = list[int]
-
-PADDING_KEY = -1
-PADDING_SIMILARITY = -1.0
 
 _QUERIES = 16384
 _HITS = 1_000_000
@@ -108,7 +108,8 @@ class FeatureStore:
         self._state_lock = threading.RLock()
         self._facts: CollectionFacts | None = None
         self._indexing = Indexing(database, self._features, self._images, settings, self._dim, index_from)
-        self._ready = False
+        self._loaded: set[str] = set()
+        self._attached = False
         self._written = False
 
     @classmethod
@@ -270,13 +271,13 @@ class FeatureStore:
                 f"of {facts.fingerprint.dim}: search with the model that it was made with."
             )
         queries = np.ascontiguousarray(descriptors, dtype=np.float32)
+        if self._features not in self._loaded:
+            self._load(self._features)
         params = self._indexing.search_params(k)
         step = max(1, min(_QUERIES, _HITS // k))
         for start in range(0, count, step):
-            for row, hits in enumerate(self._search(queries[start : start + step], k, params), start):
-                found = len(hits.ids)
-                keys[row, :found] = hits.ids
-                similarities[row, :found] = hits.distances
+            part = slice(start, start + step)
+            keys[part], similarities[part] = hit_arrays(self._search(queries[part], k, params), k)
         return keys, similarities
 
     def stored(self, image_keys: Iterable[int]) -> dict[int, tuple[ImageRecord, Features]]:
@@ -307,8 +308,9 @@ class FeatureStore:
     def status(self) -> StoreStatus:
         """What there is, counted now."""
         facts = self._attach()
-        images, features = (self.count_images(), self.count_features()) if facts else (0, 0)
         index = self._indexing.described(self._features) if facts else NO_INDEX._replace(state="no collection")
+        images = self.count_images()
+        features = self._feature_rows() if facts else 0
         wanted = self._indexing.profile(self._features, features)
         return StoreStatus(
             backend=self._db.version,
@@ -342,8 +344,68 @@ class FeatureStore:
         with self._db.write_lock, self._db.building():
             if self._attach() is None:
                 return
-            self._indexing.exchange(self.count_features(), written=self._written)
+            self._indexing.exchange(self._feature_rows(), written=self._written)
+            self._loaded.add(self._features)
             self._written = False
+
+    def build_index(self, profile: Profile | None = None, progress: Watcher | None = None) -> None:
+        """Build exactly the index that is asked for, or that the settings ask for, whatever there was before.
+
+        The steps are those of `ensure_index`. progress: called with each step and the rows in the index. Raises
+        UsageError, before anything changes, for an index that this server cannot build; CollectionError without a
+        collection; DatabaseError.
+        """
+        with self._db.write_lock:
+            self._existing()
+            self._indexing.build(self._feature_rows(), profile, progress)
+            self._loaded.add(self._features)
+            self._written = False
+
+    def drop_index(self) -> bool:
+        """Release the features and drop their index; whether there was one. What reads features next builds it again.
+
+        Raises CollectionError without a collection, DatabaseError.
+        """
+        with self._db.write_lock:
+            self._existing()
+            self._loaded.discard(self._features)
+            return self._indexing.drop()
+
+    def scratch(self) -> Scratch:
+        """A collection for measuring beside this one; raises CollectionError without a collection."""
+        return Scratch(self._db, self._collection, self._existing().fingerprint.dim, self._settings)
+
+    def sample(self, count: int, seed: int = 0) -> dict[int, tuple[ImageRecord, Features]]:
+        """At most `count` images, drawn at random, as `stored` gives them.
+
+        Image keys are hashes, so the images whose keys lie in any one range are a random sample.
+        """
+        self._existing()
+        space = 1 << IMAGE_KEY_BITS
+        total = self.count_images()
+        width = space if total <= _KEYS else min(space, math.ceil(space * 1.2 * count / total))
+        first = int(np.random.default_rng(seed).integers(space))
+        ranges = [(first, min(first + width, space)), (0, max(0, first + width - space))]
+        condition = " or ".join(f"(image_key >= {low} and image_key < {high})" for low, high in ranges)
+        rows = self._reading(
+            "drawing a sample",
+            self._client.query,
+            self._images,
+            filter=condition,
+            output_fields=["image_key"],
+            limit=_QUERIES,
+            consistency_level=_SESSION,
+        )
+        keys = sorted((int(row["image_key"]) for row in rows), key=lambda key: (key - first) % space)[:count]
+        found: dict[int, tuple[ImageRecord, Features]] = {}
+        for start in range(0, len(keys), _DESCRIBED):
+            found.update(self.stored(keys[start : start + _DESCRIBED]))
+        return found
+
+    def index_status(self, k: int = 120) -> IndexStatus:
+        """The index of the features; nothing is loaded or built. k: neighbours that a search asks for."""
+        self._existing()
+        return self._indexing.status(k)
 
     def list(
         self, prefix: str = "", limit: int | None = None, root: str | None = None, after: str = ""
@@ -368,8 +430,8 @@ class FeatureStore:
             yield from self.records(ids[start : start + _KEYS]).values()
 
     def _attach(self) -> CollectionFacts | None:
-        """The facts of the collections, checked and loaded; None while they do not exist."""
-        if self._ready:
+        """The facts of the collections, checked; None while they do not exist."""
+        if self._attached:
             return self._facts
         with self._state_lock, self._db.asking("looking for the collections"):
             names = (self._features, self._images)
@@ -380,8 +442,7 @@ class FeatureStore:
                 self._facts = self._checked(name, described.get("properties") or {})
             if len(present) < len(names):
                 return None
-        self._load()
-        self._ready = True
+        self._attached = True
         return self._facts
 
     def _checked(self, name: str, properties: Mapping[str, str]) -> CollectionFacts:
@@ -404,6 +465,18 @@ class FeatureStore:
                 "use that model and those settings, or ingest into a new collection with --collection."
             )
         return facts
+
+    def _existing(self) -> CollectionFacts:
+        facts = self._attach()
+        if facts is None:
+            raise CollectionError(_absent(self._collection, self._db.where))
+        return facts
+
+    def _feature_rows(self) -> int:
+        """Rows of the features. Without an index they cannot be loaded and counted: then those flushed."""
+        if self._indexing.described(self._features) != NO_INDEX:
+            return self.count_features()
+        return self._indexing.flushed_rows(self._features)
 
     def _created(self) -> CollectionFacts:
         """The facts of the collections, which are created where they are absent."""
@@ -440,21 +513,24 @@ class FeatureStore:
         known = self._facts.fingerprint if self._facts else self._fingerprint
         return known.dim if known else 1
 
-    def _load(self) -> None:
-        for name in (self._features, self._images):
-            self._indexing.load(name)
+    def _load(self, name: str) -> None:
+        """Load a collection, which then has an index; without the state's lock, for this may wait for a writer."""
+        self._indexing.load(name)
+        self._loaded.add(name)
 
-    def _reading(self, doing: str, read: Any, *arguments: Any, **options: Any) -> Any:
-        """Call the client; where somebody released a collection meanwhile, load it and call again."""
+    def _reading(self, doing: str, read: Any, name: str, *arguments: Any, **options: Any) -> Any:
+        """Call the client for a loaded collection; where somebody released it meanwhile, load it and call again."""
+        if name not in self._loaded:
+            self._load(name)
         try:
             with self._db.asking(doing):
-                return read(*arguments, timeout=self._settings.timeout, **options)
+                return read(name, *arguments, timeout=self._settings.timeout, **options)
         except NotLoadedError:
             # An index that is being exchanged must stay released until that is done: wait for the writer.
             with self._db.write_lock:
-                self._load()
+                self._load(name)
             with self._db.asking(doing):
-                return read(*arguments, timeout=self._settings.timeout, **options)
+                return read(name, *arguments, timeout=self._settings.timeout, **options)
 
     def _search(self, queries: Float32Array, k: int, params: dict[str, Any]) -> Any:
         return self._reading(

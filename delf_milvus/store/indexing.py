@@ -1,18 +1,34 @@
-"""The life of an index: described, built, exchanged for another, repaired, loaded.
+"""The life of an index: described, built, exchanged for another, dropped, repaired, loaded.
 
 Each of the two collections has one index, on its vector field: that of the images is FLAT, that of the features is what
-`profiles.choose` says. A server loads no collection without an index, so a collection that a crash left without one has
-one again before it is loaded.
+`profiles.choose` says. A server loads no collection without an index, so a collection that was left without one, by a
+crash or by `drop`, has one again before it is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from delf_milvus.settings import StoreSettings
+from delf_milvus.errors import DatabaseError
+from delf_milvus.settings import Profile, StoreSettings
 from delf_milvus.store.connection import Connection
-from delf_milvus.store.profiles import METRIC, IndexProfile, choose, search_params
+from delf_milvus.store.profiles import (
+    METRIC,
+    PROFILES,
+    Engine,
+    IndexProfile,
+    Wishes,
+    choose,
+    memory_bytes,
+    search_params,
+)
+
+log = logging.getLogger(__name__)
 
 FEATURE_VECTOR = "descriptor"
 IMAGE_VECTOR = "global_descriptor"
@@ -22,17 +38,61 @@ BUILD_SECONDS = 6 * 3600.0
 
 _BUILD_PARAMS = ("nlist", "m", "nbits", "M", "efConstruction")
 _FLAT = IndexProfile("FLAT", "FLAT")
+_POLL_SECONDS = 0.5
 
 
 class BuiltIndex(NamedTuple):
-    """An index as Milvus describes it: its type, what it was built with, and its state in Milvus's words."""
+    """An index as Milvus describes it: its type, what it was built with, its state in Milvus's words, and how many of
+    how many flushed rows it holds."""
 
     type: str
     params: dict[str, int]
     state: str
+    indexed_rows: int = 0
+    total_rows: int = 0
 
 
 NO_INDEX = BuiltIndex("none", {}, "no index")
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """How far a build is: its step ("flushing", "building" or "loading") and the rows in the index, of all."""
+
+    step: str
+    indexed: int
+    total: int
+
+
+Watcher = Callable[[BuildProgress], None]
+
+
+@dataclass(frozen=True)
+class IndexStatus:
+    """What `delf-milvus index status` prints.
+
+    asked: the setting. index: what there is, or "none". params: what it was built with; nlist counts per segment.
+    search: what it is searched with. substitute_for: the index that it stands in for, or "". state: as Milvus says.
+    indexed_rows, total_rows: flushed rows in the index, and all of them. segments, segment_rows: loaded segments, each
+    with an index of its own, and the rows of the largest; 0 where the backend does not tell. memory_bytes: an estimate
+    for the loaded features.
+    """
+
+    asked: str
+    index: str
+    params: Mapping[str, int]
+    search: Mapping[str, float]
+    substitute_for: str
+    state: str
+    indexed_rows: int
+    total_rows: int
+    segments: int
+    segment_rows: int
+    memory_bytes: int
+
+
+def _unwatched(_: BuildProgress) -> None:
+    pass
 
 
 class Indexing:
@@ -55,15 +115,20 @@ class Indexing:
         self._features = features
         self._vectors = {features: FEATURE_VECTOR, images: IMAGE_VECTOR}
         self._settings = settings
+        self._engine = Engine.of(database.version)
         self._dim = dim
         self._index_from = index_from
         self._current = NO_INDEX
 
-    def profile(self, name: str, rows: int) -> IndexProfile:
-        """The index that a collection of so many rows shall have."""
+    def profile(self, name: str, rows: int, asked: Profile | None = None) -> IndexProfile:
+        """The index that a collection of so many rows shall have; `asked` instead of the setting.
+
+        Raises UsageError for one that this server cannot build.
+        """
         if name != self._features:
             return _FLAT
-        return choose(self._settings.profile, self._db.backend, self._dim(), rows, self._index_from)
+        wishes = Wishes(self._settings.nlist, self._settings.m, self._settings.nbits)
+        return choose(asked or self._settings.profile, self._engine, self._dim(), rows, self._index_from, wishes)
 
     def params(self, name: str, profile: IndexProfile) -> Any:
         """The profile as pymilvus takes it."""
@@ -80,8 +145,11 @@ class Indexing:
 
     def search_params(self, k: int) -> dict[str, Any]:
         """What to search k neighbours with, for the index that the features were loaded with."""
-        index = self._current
-        return {"metric_type": METRIC, "params": search_params(index.type, index.params, self._settings.nprobe, k)}
+        return {"metric_type": METRIC, "params": self._search_params(self._current, k)}
+
+    def _search_params(self, index: BuiltIndex, k: int) -> dict[str, float]:
+        own = self._settings
+        return search_params(index.type, index.params, k, nprobe=own.nprobe, ef=own.ef, refine=own.refine)
 
     def described(self, name: str) -> BuiltIndex:
         """The index of a collection, or NO_INDEX."""
@@ -91,7 +159,33 @@ class Indexing:
             return NO_INDEX
         flat = {**found, **found.get("params", {})}
         params = {key: int(flat[key]) for key in _BUILD_PARAMS if key in flat}
-        return BuiltIndex(str(found["index_type"]), params, str(found.get("state", "unknown")))
+        rows = (int(found.get(name) or 0) for name in ("indexed_rows", "total_rows"))
+        return BuiltIndex(str(found["index_type"]), params, str(found.get("state", "unknown")), *rows)
+
+    def status(self, k: int) -> IndexStatus:
+        """The index of the features, which stay as they are: loaded or not. k: neighbours of a search."""
+        index = self.described(self._features)
+        rows = index.total_rows or self.flushed_rows(self._features)
+        wanted = self.profile(self._features, rows)
+        sizes: list[int] = []
+        if index != NO_INDEX and self._db.backend == "server":
+            # Not every server has this call; what is not loaded has no segments to tell.
+            with suppress(DatabaseError), self._db.asking("listing segments"):
+                segments = self._client.list_loaded_segments(self._features, timeout=self._settings.timeout)
+                sizes = [int(segment.num_rows) for segment in segments]
+        return IndexStatus(
+            asked=self._settings.profile,
+            index=index.type,
+            params=index.params,
+            search=self._search_params(index, k),
+            substitute_for=wanted.substitute_for if wanted.index_type == index.type else "",
+            state=index.state,
+            indexed_rows=index.indexed_rows,
+            total_rows=rows,
+            segments=len(sizes),
+            segment_rows=max(sizes, default=0),
+            memory_bytes=memory_bytes(index.type, index.params, self._dim(), rows) if index != NO_INDEX else 0,
+        )
 
     def load(self, name: str) -> None:
         """Load a collection with an index, which is created where a crash left none.
@@ -107,29 +201,96 @@ class Indexing:
     def exchange(self, rows: int, *, written: bool) -> None:
         """Give the features the index that so many rows ask for, and make all of them searchable.
 
-        written: whether rows were written since the last call. The steps are those of `FeatureStore.ensure_index`.
+        An index that fits stays. With the profile "auto" any index but FLAT stays until it has too few lists: somebody
+        may have built it on purpose. written: whether rows were written since the last call. The steps are those of
+        `FeatureStore.ensure_index`.
         """
-        wanted = self.profile(self._features, rows)
         found = self.described(self._features)
-        changes = not wanted.fits(found.type, found.params)
-        if not changes and not written:
-            return
-        if changes or self._db.backend == "lite":
+        wanted = self._grown(rows, found)
+        if wanted is not None or written:
+            self._replace(found, wanted, rows, _unwatched)
+
+    def build(self, rows: int, asked: Profile | None, progress: Watcher | None) -> None:
+        """Give the features exactly the index that is asked for, or that the settings ask for; steps as of `exchange`.
+
+        Raises UsageError, before anything changes, for an index that this server cannot build.
+        """
+        wanted = self.profile(self._features, rows, asked)
+        found = self.described(self._features)
+        same = found.type == wanted.index_type and dict(found.params) == dict(wanted.index_params)
+        self._replace(found, None if same else wanted, rows, progress or _unwatched)
+
+    def put(self, profile: IndexProfile, rows: int) -> None:
+        """Give the features this index, flushed and loaded."""
+        self._replace(self.described(self._features), profile, rows, _unwatched)
+
+    def drop(self) -> bool:
+        """Release the features and drop their index; whether there was one."""
+        found = self.described(self._features)
+        if found == NO_INDEX:
+            return False
+        self._release()
+        # So that what is counted without loading is all there is.
+        self._flush()
+        self._drop()
+        return True
+
+    def _grown(self, rows: int, found: BuiltIndex) -> IndexProfile | None:
+        """The index that shall replace the one found, or None."""
+        wanted = self.profile(self._features, rows)
+        if self._settings.profile != "auto" or found.type in ("none", "FLAT"):
+            return None if wanted.fits(found.type, found.params) else wanted
+        lists = found.params.get("nlist")
+        if found.type not in PROFILES or lists is None:
+            return None
+        code = Wishes(self._settings.nlist, found.params.get("m"), found.params.get("nbits"))
+        again = choose(found.type, self._engine, self._dim(), rows, self._index_from, code)
+        return again if again.index_params["nlist"] >= 4 * lists else None
+
+    def _replace(self, found: BuiltIndex, wanted: IndexProfile | None, rows: int, progress: Watcher) -> None:
+        """Flush, build the wanted index instead of the one found, and load."""
+        progress(BuildProgress("flushing", 0, rows))
+        if wanted is not None or self._db.backend == "lite":
             # Milvus Lite indexes in the background what is flushed while loaded, and says nothing when it is done.
-            with self._db.asking("releasing the features"):
-                self._client.release_collection(self._features, timeout=self._settings.timeout)
-        with self._db.asking("flushing the features"):
-            self._client.flush(self._features, timeout=BUILD_SECONDS)
-        if changes and found != NO_INDEX:
-            with self._db.asking("dropping the old index"):
-                self._client.drop_index(self._features, FEATURE_VECTOR, timeout=self._settings.timeout)
-        if changes:
-            self._build(self._features, wanted)
+            self._release()
+        self._flush()
+        if wanted is not None:
+            if found != NO_INDEX:
+                self._drop()
+            self._build(self._features, wanted, progress)
+        progress(BuildProgress("loading", rows, rows))
         self.load(self._features)
 
-    def _build(self, name: str, profile: IndexProfile) -> None:
-        with self._db.building(), self._db.asking(f"building the index {profile.index_type}"):
-            self._client.create_index(name, self.params(name, profile), timeout=BUILD_SECONDS)
+    def _release(self) -> None:
+        with self._db.asking("releasing the features"):
+            self._client.release_collection(self._features, timeout=self._settings.timeout)
+
+    def _flush(self) -> None:
+        with self._db.asking("flushing the features"):
+            self._client.flush(self._features, timeout=BUILD_SECONDS)
+
+    def _drop(self) -> None:
+        with self._db.asking("dropping the old index"):
+            self._client.drop_index(self._features, FEATURE_VECTOR, timeout=self._settings.timeout)
+
+    def _build(self, name: str, profile: IndexProfile, progress: Watcher = _unwatched) -> None:
+        doing = f"building the index {profile.index_type}"
+        with self._db.building(), self._db.asking(doing):
+            self._client.create_index(name, self.params(name, profile), timeout=BUILD_SECONDS, sync=False)
+        give_up = time.monotonic() + BUILD_SECONDS
+        while True:
+            index = self.described(name)
+            progress(BuildProgress("building", index.indexed_rows, index.total_rows))
+            if index.state == "Failed":
+                raise DatabaseError(f"The database at {self._db.where} failed while {doing}; its log says why.")
+            if index.state == "Finished" or self._db.backend == "lite":
+                return
+            if time.monotonic() > give_up:
+                raise DatabaseError(
+                    f"The database at {self._db.where} is still {doing} after {BUILD_SECONDS / 3600:g} hours: "
+                    "`delf-milvus index status` shows how far it is."
+                )
+            time.sleep(_POLL_SECONDS)
 
     def _repaired(self, name: str) -> BuiltIndex:
         found = self.described(name)
@@ -140,6 +301,7 @@ class Indexing:
             found = self.described(name)
             if found != NO_INDEX:
                 return found
+            log.warning("the collection %s has no index: it is built before anything is read", name)
             self._build(name, self.profile(name, self.flushed_rows(name)))
             return self.described(name)
 
