@@ -207,8 +207,8 @@ def tune(index: DelfIndex, config: TuningConfig, say: Say = print) -> TuningRepo
     notes = []
     if len(sample.keys) < 0.9 * total:
         notes.append(
-            f"The sample has {len(sample.keys)} of {total} descriptors: recall is at least this in the whole, times are "
-            "those of the sample."
+            f"The sample has {len(sample.keys)} of {total} descriptors: recall is at least this in the whole, "
+            "times are those of the sample."
         )
     if all(point.average_precision is None for point in points):
         notes.append(

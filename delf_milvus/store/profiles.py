@@ -63,7 +63,7 @@ class Engine(NamedTuple):
         number = re.search(r"(\d+)\.(\d+)", version)
         release = (int(number[1]), int(number[2])) if number else (99, 0)
         text = version.lower()
-        return cls("lite" if "lite" in text else "server", release, "gpu" in text, "zilliz" in text)
+        return cls("lite" if text.startswith("milvus lite ") else "server", release, "gpu" in text, "zilliz" in text)
 
     @property
     def segment_bytes(self) -> int:
@@ -144,9 +144,7 @@ def choose(
 def check(wanted: str, engine: Engine, dim: int, wishes: Wishes) -> None:
     """Raise UsageError, one sentence that says what to do, for an index that this engine cannot build or finish."""
     if engine.backend == "lite" and wanted not in _LITE:
-        raise UsageError(
-            f"Milvus Lite has no {wanted}: use a Milvus server, or one of the profiles {', '.join(_LITE)}."
-        )
+        raise UsageError(f"Milvus Lite has no {wanted}: use a Milvus server, or one of {', '.join(_LITE)}.")
     if engine.managed and wanted != "AUTOINDEX":
         raise UsageError(f"Zilliz Cloud has no {wanted}: use the profile AUTOINDEX, or auto.")
     if engine.backend == "server" and engine.release < _SINCE.get(wanted, (0, 0)):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from store_samples import MODEL, random_items
 
-from delf_milvus.errors import CollectionError, UsageError
+from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.settings import Profile, StoreSettings
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.indexing import BuildProgress
+from delf_milvus.store.profiles import IndexProfile
 
 
 def open_store(folder: Path, settings: StoreSettings | None = None, **options: object) -> FeatureStore:
@@ -42,10 +43,10 @@ def test_an_index_is_built_as_asked(store: FeatureStore, profile: Profile, index
     assert steps[-1] == BuildProgress("loading", 3000, 3000)
     items = random_items(1, 30, 100)
     assert (store.neighbours(items[3][1].descriptors, 1)[1] > 0.99).mean() > 0.95
-    assert open_profile(store, profile).substitute_for == substitute_for
+    assert profile_of(store, profile).substitute_for == substitute_for
 
 
-def open_profile(store: FeatureStore, profile: Profile) -> object:
+def profile_of(store: FeatureStore, profile: Profile) -> IndexProfile:
     return store._indexing.profile("delf_features", 3000, profile)
 
 
@@ -127,14 +128,16 @@ def test_a_sample_is_random_repeatable_and_whole(tmp_path: Path) -> None:
 def test_a_scratch_collection_is_gone_afterwards_also_after_a_failure(store: FeatureStore) -> None:
     keys, descriptors = np.arange(50), random_items(6, 1, 50)[0][1].descriptors
     before = sorted(store._client.list_collections())
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError), store.scratch() as scratch:
-            scratch.insert(keys, descriptors)
-            scratch.build(open_profile(store, "HNSW"))  # type: ignore[arg-type]
-            found, similarities = scratch.neighbours(descriptors, 3, {"ef": 64})
-            assert found[:, 0].tolist() == keys.tolist()
-            assert np.allclose(similarities[:, 0], 1, atol=1e-5)
-            raise ZeroDivisionError
+    with store.scratch() as scratch:
+        scratch.insert(keys, descriptors)
+        scratch.build(profile_of(store, "HNSW"))
+        found, similarities = scratch.neighbours(descriptors, 3, {"ef": 64})
+        assert found[:, 0].tolist() == keys.tolist()
+        assert np.allclose(similarities[:, 0], 1, atol=1e-5)
+        assert sorted(store._client.list_collections()) != before
+    assert sorted(store._client.list_collections()) == before
+    with pytest.raises(DatabaseError), store.scratch() as scratch:
+        scratch.insert(keys, descriptors[:, :3])
     assert sorted(store._client.list_collections()) == before
 
 

@@ -15,7 +15,7 @@ from delf_milvus.store.profiles import (
 )
 
 LITE = Engine.of("Milvus Lite 3.2.2")
-OLD = Engine.of("Milvus 2.3.5")
+OLD = Engine.of("Milvus 2.3.5-lite")  # as the wheel for tests says: a full server
 NEW = Engine.of("Milvus 2.6.4")
 GPU = Engine.of("Milvus 2.6.4-gpu")
 CLOUD = Engine.of("Zilliz Cloud Vector Database(Compatible with Milvus 2.5)")
