@@ -22,6 +22,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from delf_milvus.settings import Profile, StoreSettings
 from delf_milvus.store import connection, records, schema
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.connection import Connection, NotLoadedError
-from delf_milvus.store.hits import PADDING_KEY, PADDING_SIMILARITY, hit_arrays
+from delf_milvus.store.hits import PADDING_KEY, PADDING_SIMILARITY, search_arrays
 from delf_milvus.store.indexing import NO_INDEX, Indexing, IndexStatus, Watcher
 from delf_milvus.store.keys import IMAGE_KEY_BITS, Int64Array, feature_keys, image_key
 from delf_milvus.store.profiles import INDEX_FROM
@@ -277,7 +278,7 @@ class FeatureStore:
         step = max(1, min(_QUERIES, _HITS // k))
         for start in range(0, count, step):
             part = slice(start, start + step)
-            keys[part], similarities[part] = hit_arrays(self._search(queries[part], k, params), k)
+            keys[part], similarities[part] = self._search(queries[part], k, params)
         return keys, similarities
 
     def stored(self, image_keys: Iterable[int]) -> dict[int, tuple[ImageRecord, Features]]:
@@ -532,19 +533,20 @@ class FeatureStore:
             with self._db.asking(doing):
                 return read(name, *arguments, timeout=self._settings.timeout, **options)
 
-    def _search(self, queries: Float32Array, k: int, params: dict[str, Any]) -> Any:
-        return self._reading(
+    def _search(self, queries: Float32Array, k: int, params: dict[str, Any]) -> tuple[Int64Array, Float32Array]:
+        found: tuple[Int64Array, Float32Array] = self._reading(
             "searching for neighbours",
-            self._client.search,
+            partial(search_arrays, self._client),
             self._features,
-            list(queries),
+            k,
+            data=list(queries),
             anns_field="descriptor",
-            limit=k,
             search_params=params,
             # Without any output field Milvus Lite would return all of them.
             output_fields=["feature_key"] if self._db.backend == "lite" else [],
             consistency_level=_SESSION,
         )
+        return found
 
     def _rows(self, keys: Sequence[int], fields: Sequence[str], consistency: str = _STRONG) -> dict[int, Row]:
         """Rows of the images collection by primary key."""

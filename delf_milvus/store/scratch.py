@@ -15,7 +15,7 @@ from delf_milvus.features import Float32Array
 from delf_milvus.settings import StoreSettings
 from delf_milvus.store import schema
 from delf_milvus.store.connection import Connection
-from delf_milvus.store.hits import hit_arrays
+from delf_milvus.store.hits import search_arrays
 from delf_milvus.store.indexing import FEATURE_VECTOR, Indexing
 from delf_milvus.store.keys import Int64Array
 from delf_milvus.store.profiles import INDEX_FROM, METRIC, Engine, IndexProfile
@@ -89,14 +89,14 @@ class Scratch:
     def neighbours(self, queries: Float32Array, k: int, params: dict[str, float]) -> tuple[Int64Array, Float32Array]:
         """Keys (Q, k) and similarities (Q, k), as of `FeatureStore.neighbours`, searched with these parameters."""
         with self._db.asking("searching for neighbours"):
-            found = self._client.search(
+            return search_arrays(
+                self._client,
                 self._name,
-                list(np.ascontiguousarray(queries)),
+                k,
+                data=list(np.ascontiguousarray(queries)),
                 anns_field=FEATURE_VECTOR,
-                limit=k,
                 search_params={"metric_type": METRIC, "params": params},
                 output_fields=["feature_key"] if self._db.backend == "lite" else [],
                 consistency_level="Session",
                 timeout=self._settings.timeout,
             )
-        return hit_arrays(found, k)

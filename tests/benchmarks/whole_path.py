@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def raw_search(index: DelfIndex, path: Path) -> float:
-    """Seconds that the client alone takes for the same vectors, index parameters and limit."""
+    """Seconds that the database alone takes for the same vectors, index parameters and limit."""
     matcher, store = index._matcher, index._store
     query = matcher.query_features(matcher.decode(path))
     started = time.perf_counter()
