@@ -134,8 +134,9 @@ class FeatureStore:
         image may have in a collection that this store creates, which it does at the first write. create: whether an
         absent collection is accepted. index_from: rows from which the profile "auto" is more than FLAT.
 
-        Raises UsageError (name or uri that cannot be one), DatabaseError (not reachable, locked, no database),
-        CollectionError (other model, other schema, other software, or absent without `create`).
+        Raises UsageError (name or uri that cannot be one, an index that this server lacks), DatabaseError (not
+        reachable, locked, no database), CollectionError (other model, other schema, other software, or absent without
+        `create`).
         """
         _check_name(collection)
         if client is None:
@@ -149,6 +150,9 @@ class FeatureStore:
             store = cls(database, collection, fingerprint, settings, max_features, index_from)
             if not store._attach() and not create:
                 raise CollectionError(_absent(collection, database.where))
+            if store._facts or fingerprint:
+                # An index that this server cannot build is refused now, not at the end of an ingest.
+                store._indexing.profile(store._features, 0)
         except BaseException:
             database.close()
             raise

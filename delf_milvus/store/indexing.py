@@ -126,7 +126,7 @@ class Indexing:
         Raises UsageError for one that this server cannot build.
         """
         if name != self._features:
-            return _FLAT
+            return IndexProfile("auto", "AUTOINDEX") if self._engine.managed else _FLAT
         wishes = Wishes(self._settings.nlist, self._settings.m, self._settings.nbits)
         return choose(asked or self._settings.profile, self._engine, self._dim(), rows, self._index_from, wishes)
 

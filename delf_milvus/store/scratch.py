@@ -18,7 +18,7 @@ from delf_milvus.store.connection import Connection
 from delf_milvus.store.hits import search_arrays
 from delf_milvus.store.indexing import FEATURE_VECTOR, Indexing
 from delf_milvus.store.keys import Int64Array
-from delf_milvus.store.profiles import INDEX_FROM, METRIC, Engine, IndexProfile
+from delf_milvus.store.profiles import INDEX_FROM, METRIC, Engine, IndexProfile, choose
 
 _SCRATCH = "scratch"
 
@@ -56,7 +56,7 @@ class Scratch:
             self._client.create_collection(
                 self._name,
                 schema=schema.to_pymilvus(spec),
-                index_params=self._indexing.params(self._name, IndexProfile("FLAT", "FLAT")),
+                index_params=self._indexing.params(self._name, choose("auto", self.engine, self.dim, 0)),
                 properties={schema.PROPERTY: _SCRATCH},
                 consistency_level="Session",
                 timeout=timeout,

@@ -57,6 +57,15 @@ def test_what_lite_cannot_build_is_refused_and_the_index_stays(store: FeatureSto
     assert store.index_status().index == "HNSW"
 
 
+def test_a_setting_that_lite_cannot_build_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        store.write(random_items(1, 1, 10))
+    for folder in (tmp_path, tmp_path / "new"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(UsageError, match="Milvus Lite has no DISKANN"):
+            open_store(folder, StoreSettings(profile="DISKANN"))
+
+
 def test_auto_keeps_an_index_that_was_built_on_purpose_until_it_has_too_few_lists(tmp_path: Path) -> None:
     items = random_items(2, 40, 100)
     with open_store(tmp_path) as store:
