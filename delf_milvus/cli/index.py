@@ -85,7 +85,7 @@ def tune(
     profiles: Annotated[
         list[str] | None, typer.Option("--profile", help="A profile to measure; give it again for more. Default: all")
     ] = None,
-    images: Annotated[int, typer.Option(min=8, help="Stored images in the sample.")] = 1000,
+    images: Annotated[int, typer.Option(min=8, max=10_000, help="Stored images in the sample.")] = 1000,
     queries: Annotated[int, typer.Option(min=1, help="Images of it that are searched for, and left out.")] = 50,
     loss: Annotated[float, typer.Option(min=0, max=1, help="Loss of mean average precision that is accepted.")] = 0.01,
     prefer: Annotated[str, typer.Option(help="balance, latency or memory: what to recommend by.")] = "balance",

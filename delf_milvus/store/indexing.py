@@ -218,7 +218,10 @@ class Indexing:
         wanted = self.profile(self._features, rows, asked)
         found = self.described(self._features)
         same = found.type == wanted.index_type and dict(found.params) == dict(wanted.index_params)
-        self._replace(found, None if same else wanted, rows, progress or _unwatched)
+        watcher = progress or _unwatched
+        self._replace(found, None if same else wanted, rows, watcher)
+        if same:
+            self._wait(self._features, f"building the index {wanted.index_type}", watcher)
 
     def put(self, profile: IndexProfile, rows: int) -> None:
         """Give the features this index, flushed and loaded."""
@@ -277,6 +280,10 @@ class Indexing:
         doing = f"building the index {profile.index_type}"
         with self._db.building(), self._db.asking(doing):
             self._client.create_index(name, self.params(name, profile), timeout=BUILD_SECONDS, sync=False)
+        self._wait(name, doing, progress)
+
+    def _wait(self, name: str, doing: str, progress: Watcher) -> None:
+        """Until every flushed row is in the index."""
         give_up = time.monotonic() + BUILD_SECONDS
         while True:
             index = self.described(name)
