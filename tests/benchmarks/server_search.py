@@ -3,7 +3,8 @@
     python tests/benchmarks/server_search.py --images 1000
 
 Side by side in one run: the neighbour step of the store and the client's bare search of the same vectors; the vote; the
-records and packed features of 100 candidates. Medians.
+records and packed features of 100 candidates. Medians; the processor time of this process does not depend on what
+else the machine does.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def main() -> None:
 
 def measure(store: FeatureStore, client: MilvusClient, count: int, rounds: int) -> None:
     params = {"metric_type": "IP", "params": {"nprobe": 32}}
-    raw, ours, votes, geometry = [], [], [], []
-    for number in range(rounds + 2):
+    names = ("bare search", "neighbour step", "vote", "geometry of 100")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for number in range(-2, rounds):
         wanted = query(number % count, FEATURES)
         vectors = list(wanted)
 
@@ -69,39 +71,33 @@ def measure(store: FeatureStore, client: MilvusClient, count: int, rounds: int) 
             return store.neighbours(wanted, NEIGHBOURS)
 
         # Which of the two is first alternates: the second finds a warmer server.
-        for one, times in ((bare, raw), (step, ours))[:: 1 if number % 2 else -1]:
-            seconds, found = timed(one)
-            times.append(seconds)
-            if one is step:
-                keys, similarities = found
+        both = [("bare search", bare), ("neighbour step", step)]
+        found = {}
+        for name, call in both[:: 1 if number % 2 else -1]:
+            seconds, found[name] = timed(call)
+            times[name].append(seconds)
+        keys, similarities = found["neighbour step"]
         seconds, ranking = timed(lambda k=keys, s=similarities: vote(k, s))
-        votes.append(seconds)
+        times["vote"].append(seconds)
         seconds, stored = timed(lambda r=ranking: store.stored(r.images[:100].tolist()))
-        geometry.append(seconds)
+        times["geometry of 100"].append(seconds)
         assert len(stored) == min(100, len(ranking))
-        assert int(ranking.images[0]) in stored
-    figures = {
-        name: float(np.median(times[2:]))
-        for name, times in (
-            ("bare search", raw),
-            ("neighbour step", ours),
-            ("vote", votes),
-            ("geometry of 100", geometry),
-        )
-    }
-    for name, seconds in figures.items():
-        print(f"{name:>16}: {1e3 * seconds:8.1f} ms")
-    ratios = np.array(ours[2:]) / np.array(raw[2:])
+        assert number % count in {int(record.image_id.partition(".")[0]) for record, _ in stored.values()}
+    figures = {name: np.median(values[2:], axis=0) for name, values in times.items()}
+    for name, (wall, processor) in figures.items():
+        print(f"{name:>16}: {1e3 * wall:8.1f} ms, of which {1e3 * processor:8.1f} ms of this process's processor")
+    ratios = [ours[0] / raw[0] for ours, raw in zip(times["neighbour step"][2:], times["bare search"][2:], strict=True)]
     print(
-        f"neighbour step / bare search: {figures['neighbour step'] / figures['bare search']:.3f} of medians, "
+        f"neighbour step / bare search: {figures['neighbour step'][0] / figures['bare search'][0]:.3f} of medians, "
         f"{np.median(ratios):.3f} median of pairs"
     )
 
 
-def timed(call: Callable) -> tuple[float, object]:
-    started = time.perf_counter()
+def timed(call: Callable) -> tuple[tuple[float, float], object]:
+    """Seconds by the wall and of this process's processor time, and what the call returned."""
+    started, busy = time.perf_counter(), time.process_time()
     found = call()
-    return time.perf_counter() - started, found
+    return (time.perf_counter() - started, time.process_time() - busy), found
 
 
 if __name__ == "__main__":
