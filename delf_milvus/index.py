@@ -21,10 +21,12 @@ from delf_milvus.imaging.decode import Source, decode, source_digest
 from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
 from delf_milvus.ingestion.scan import read_listing, scan
 from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
+from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.search import Candidate, SearchResult, Timings, answer
-from delf_milvus.settings import Settings
+from delf_milvus.settings import Profile, Settings
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.filters import Filter
+from delf_milvus.store.indexing import BuildProgress
 from delf_milvus.store.records import ImageRecord
 
 if TYPE_CHECKING:
@@ -257,6 +259,39 @@ class DelfIndex:
     def status(self) -> dict[str, Any]:
         """Database, collection, index and model, as plain values."""
         return asdict(self._store.status())
+
+    def build_index(
+        self, profile: Profile | None = None, progress: Callable[[BuildProgress], None] | None = None
+    ) -> None:
+        """Build exactly the index of a profile, or of the settings' one, whatever there was before, and load it.
+
+        With the setting "auto" it stays until it has too few lists for what was added. progress: called with the rows
+        that are in the index, of all. Raises UsageError, before anything changes, for a profile that this server
+        cannot build; CollectionError without a collection; DatabaseError.
+        """
+        self._store.build_index(profile, progress)
+        self._added = False
+
+    def drop_index(self) -> bool:
+        """Release the features and drop their index: frees the memory that they take. Whether there was one.
+
+        The next search or ingest builds it again, as `build_index` does at once.
+        """
+        return self._store.drop_index()
+
+    def index_status(self) -> dict[str, Any]:
+        """The index of the descriptors, as plain values; nothing is loaded or built for it."""
+        return asdict(self._store.index_status(self.settings.search.neighbours))
+
+    @property
+    def store(self) -> FeatureStore:
+        """The collections below, for tools that measure them; closed with this index."""
+        return self._store
+
+    @property
+    def calibration(self) -> Calibration:
+        """What a number of inliers means with this model; raises ModelError."""
+        return self._matcher.calibration
 
     def close(self) -> None:
         """Bring the index up to date if photos were added, and release the database unless its client was handed in."""

@@ -28,6 +28,21 @@ DEFAULT_CONFIG = "delf_milvus.toml"
 
 Preset = Literal["fast", "standard", "paper"]
 
+Profile = Literal[
+    "auto",
+    "FLAT",
+    "IVF_PQ",
+    "PAPER",
+    "IVF_SQ8",
+    "HNSW",
+    "SCANN",
+    "IVF_RABITQ",
+    "DISKANN",
+    "GPU_IVF_PQ",
+    "AUTOINDEX",
+]
+"""Indexes by name: `store.profiles` says which there are where, and what each is built with."""
+
 
 @dataclass(frozen=True)
 class ExtractionPlan:
@@ -98,10 +113,24 @@ class ExtractSettings(_Stage):
 class StoreSettings(_Stage):
     """How the database is used."""
 
-    profile: Literal["auto", "FLAT", "IVF_SQ8", "IVF_PQ", "HNSW"] = Field(
-        "auto", description="Index of the descriptors; auto picks by backend and size."
+    profile: Profile = Field("auto", description="Index of the descriptors; auto picks by backend and size.")
+    nlist: int | None = Field(
+        None, ge=1, le=65536, description="Lists of an IVF index in each segment; chosen from its rows by default."
     )
-    nprobe: int = Field(32, ge=1, le=65536, description="Lists an IVF index visits for each descriptor.")
+    m: int | None = Field(
+        None, ge=1, le=4096, description="Sub-vectors of an IVF_PQ code, a divisor of the components; half by default."
+    )
+    # Servers accept more than 8 bits, and then never finish to build.
+    nbits: int | None = Field(None, ge=1, le=8, description="Bits of a sub-vector of an IVF_PQ code; 8 by default.")
+    nprobe: int = Field(
+        32, ge=1, le=65536, description="Lists an IVF or SCANN index visits in each segment for each descriptor."
+    )
+    ef: int | None = Field(
+        None, ge=1, le=32768, description="Candidates HNSW and DISKANN keep; 128 or the neighbours by default."
+    )
+    refine: float = Field(
+        2.0, ge=1, le=100, description="Times the neighbours that SCANN compares once more with exact vectors."
+    )
     timeout: float = Field(60.0, gt=0, description="Seconds before a call to the database fails.")
     fields: dict[str, str] = Field(
         default_factory=dict,

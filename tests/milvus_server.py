@@ -50,6 +50,11 @@ class WheelServer:
             "LD_LIBRARY_PATH": f"{folder / 'bin'}:{os.environ.get('LD_LIBRARY_PATH', '')}",
         }
 
+    @property
+    def pid(self) -> int:
+        """Of the server's process."""
+        return self._process.pid
+
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
         with contextlib.suppress(ProcessLookupError):

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from delf_milvus.cli import config, ingest, manage, search, train
+from delf_milvus.cli import config, index, ingest, manage, search, train
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
@@ -32,6 +32,7 @@ app.command("search")(search.search)
 app.command("match")(search.match)
 for command in (manage.status, manage.list_images, manage.show, manage.delete):
     app.command(command.__name__.removesuffix("_images"))(command)
+app.add_typer(index.app, name="index")
 app.add_typer(config.app, name="config")
 app.add_typer(train.app, name="train")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, data_table, say
+from delf_milvus.cli.output import data_json, data_line, data_table, flat, say
 from delf_milvus.cli.state import state_of
 from delf_milvus.errors import one_line
 
@@ -23,17 +23,7 @@ def status(context: typer.Context) -> None:
     if state.json:
         data_json(values)
     else:
-        data_table(("what", "value"), _flat(values))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{name}.")
-        else:
-            rows.append((prefix + name, "-" if value in (None, "") else value))
-    return rows
+        data_table(("what", "value"), flat(values))
 
 
 def list_images(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -39,6 +39,17 @@ def data_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
             for cell, width, right in zip(line, widths, numeric, strict=True)
         ]
         typer.echo("  ".join(columns).rstrip())
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    """Nested values as rows of a table: dotted name and value."""
+    rows: list[tuple[str, object]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, "-" if value in (None, "") else value))
+    return rows
 
 
 def _is_number(cell: str) -> bool:

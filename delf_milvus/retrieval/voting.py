@@ -106,7 +106,8 @@ def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
     rank = np.empty_like(ranking)
     rank[ranking] = np.arange(len(ranking))
     rank_of_hit = rank[inverse]
-    by_rank = np.argsort(rank_of_hit, kind="stable")
+    # As the smallest type that holds them: 16 bits and fewer are sorted by radix, several times faster.
+    by_rank = np.argsort(rank_of_hit.astype(np.min_scalar_type(len(images))), kind="stable")
     offsets = np.zeros(len(images) + 1, np.intp)
     np.cumsum(np.bincount(rank_of_hit), out=offsets[1:])
     return Votes(

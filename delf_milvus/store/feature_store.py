@@ -5,7 +5,7 @@ Invariants, which hold after a crash at any point:
 - An image exists if and only if its row in the images collection does, and then all its features are there.
 - The features of one image, row or no row, have the ordinals 0 to m - 1 without a gap: features are written in rising
   and deleted in falling order. So one look at ordinal n tells whether an earlier, larger version left anything beyond.
-- A collection that a crash left without its index has one again before it is loaded.
+- A collection without its index, after a crash or a drop, has one again before it is loaded, which the first read does.
 
 Similarities are inner products of unit vectors; larger is nearer. A neighbour whose image has no row (a crash came
 between) is to be ignored.
@@ -17,36 +17,33 @@ features have the level "Session": they see everything that this process wrote, 
 from __future__ import annotations
 
 import heapq
+import math
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.features import MAX_FEATURES, ORDINAL_BITS, Features, Fingerprint, Float32Array
-from delf_milvus.settings import StoreSettings
+from delf_milvus.settings import Profile, StoreSettings
 from delf_milvus.store import connection, records, schema
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.connection import Connection, NotLoadedError
 from delf_milvus.store.fields import declared
 from delf_milvus.store.filters import Filter, both, expression, quoted
-from delf_milvus.store.keys import Int64Array, feature_keys, image_key
-from delf_milvus.store.profiles import (
-    INDEX_FROM,
-    METRIC,
-    IndexProfile,
-    choose,
-    scalar_index,
-    search_params,
-    version_at_least,
-)
+from delf_milvus.store.hits import PADDING_KEY, PADDING_SIMILARITY, search_arrays
+from delf_milvus.store.indexing import NO_INDEX, Indexing, IndexStatus, Watcher
+from delf_milvus.store.keys import IMAGE_KEY_BITS, Int64Array, feature_keys, image_key
+from delf_milvus.store.profiles import INDEX_FROM
 from delf_milvus.store.records import ImageRecord, Row
 from delf_milvus.store.schema import CollectionFacts, CollectionSpec, declared_fields, keypoint_fields
+from delf_milvus.store.scratch import Scratch
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -54,15 +51,11 @@ if TYPE_CHECKING:
 Ids = list[str]
 Keys = list[int]
 
-PADDING_KEY = -1
-PADDING_SIMILARITY = -1.0
-
 _QUERIES = 16384
 _HITS = 1_000_000
 _KEYS = 1000
 _PAGE = 10000
 _DESCRIBED = 100
-_BUILD_SECONDS = 6 * 3600.0
 _STRONG = "Strong"
 _SESSION = "Session"
 
@@ -95,16 +88,6 @@ class StoreStatus:
     schema_version: int
 
 
-class _Index(NamedTuple):
-    type: str
-    params: dict[str, int]
-    state: str
-
-
-_NO_INDEX = _Index("none", {}, "no index")
-_FLAT = IndexProfile("FLAT", "FLAT")
-
-
 class FeatureStore:
     """Writes, finds and reads the images of one index. Safe to search from many threads; writes queue up.
 
@@ -125,12 +108,9 @@ class FeatureStore:
         self._collection = collection
         self._features = collection + schema.FEATURES_SUFFIX
         self._images = collection + schema.IMAGES_SUFFIX
-        self._feature_vectors = (self._features, "descriptor")
-        self._image_vectors = (self._images, "global_descriptor")
         self._fingerprint = fingerprint
         self._settings = settings
         self._max_features = max_features
-        self._index_from = index_from
         self._tenant = settings.tenant
         tenants = {settings.tenant_field: "text"} if settings.tenant_field else {}
         self._declared = declared({**tenants, **settings.fields})
@@ -140,8 +120,9 @@ class FeatureStore:
             raise UsageError(f"No field can be declared as {min(reserved)!r}: that name is reserved; choose another.")
         self._state_lock = threading.RLock()
         self._facts: CollectionFacts | None = None
-        self._index = _Index("", {}, "")
-        self._ready = False
+        self._indexing = Indexing(database, self._features, self._images, settings, self._dim, index_from)
+        self._loaded: set[str] = set()
+        self._attached = False
         self._written = False
 
     @classmethod
@@ -165,8 +146,9 @@ class FeatureStore:
         image may have in a collection that this store creates, which it does at the first write. create: whether an
         absent collection is accepted. index_from: rows from which the profile "auto" is more than FLAT.
 
-        Raises UsageError (name or uri that cannot be one), DatabaseError (not reachable, locked, no database),
-        CollectionError (other model, other schema, other software, or absent without `create`).
+        Raises UsageError (name or uri that cannot be one, an index that this server lacks), DatabaseError (not
+        reachable, locked, no database), CollectionError (other model, other schema, other software, or absent without
+        `create`).
         """
         _check_name(collection)
         if client is None:
@@ -180,6 +162,9 @@ class FeatureStore:
             store = cls(database, collection, fingerprint, settings, max_features, index_from)
             if not store._attach() and not create:
                 raise CollectionError(_absent(collection, database.where))
+            if store._facts or fingerprint:
+                # An index that this server cannot build is refused now, not at the end of an ingest.
+                store._indexing.profile(store._features, 0)
         except BaseException:
             database.close()
             raise
@@ -319,13 +304,13 @@ class FeatureStore:
             )
         queries = np.ascontiguousarray(descriptors, dtype=np.float32)
         condition = both(self._of_tenant(facts), expression(where, facts.declared))
-        params = self._search_parameters(k)
+        if self._features not in self._loaded:
+            self._load(self._features)
+        params = self._indexing.search_params(k)
         step = max(1, min(_QUERIES, _HITS // k))
         for start in range(0, count, step):
-            for row, hits in enumerate(self._search(queries[start : start + step], k, params, condition), start):
-                found = len(hits.ids)
-                keys[row, :found] = hits.ids
-                similarities[row, :found] = hits.distances
+            part = slice(start, start + step)
+            keys[part], similarities[part] = self._search(queries[part], k, params, condition)
         return keys, similarities
 
     def stored(self, image_keys: Iterable[int]) -> dict[int, tuple[ImageRecord, Features]]:
@@ -356,9 +341,10 @@ class FeatureStore:
     def status(self) -> StoreStatus:
         """What there is, counted now."""
         facts = self._attach()
-        images, features = (self.count_images(), self.count_features()) if facts else (0, 0)
-        index = self._described_index(*self._feature_vectors) if facts else _Index("none", {}, "no collection")
-        wanted = self._profile(features)
+        index = self._indexing.described(self._features) if facts else NO_INDEX._replace(state="no collection")
+        images = self.count_images()
+        features = self._feature_rows() if facts else 0
+        wanted = self._indexing.profile(self._features, features)
         return StoreStatus(
             backend=self._db.version,
             uri=self._db.where,
@@ -393,24 +379,68 @@ class FeatureStore:
         with self._db.write_lock, self._db.building():
             if self._attach() is None:
                 return
-            wanted = self._profile(self.count_features())
-            self._index = self._described_index(*self._feature_vectors)
-            changes = not wanted.fits(self._index.type, self._index.params)
-            if not changes and not self._written:
-                return
-            if changes or self._db.backend == "lite":
-                # Milvus Lite indexes in the background what is flushed while loaded, and says nothing when it is done.
-                with self._db.asking("releasing the features"):
-                    self._client.release_collection(self._features, timeout=self._settings.timeout)
-            with self._db.asking("flushing the features"):
-                self._client.flush(self._features, timeout=_BUILD_SECONDS)
-            if changes and self._index.type != _NO_INDEX.type:
-                with self._db.asking("dropping the old index"):
-                    self._client.drop_index(*self._feature_vectors, timeout=self._settings.timeout)
-            if changes:
-                self._build_index(*self._feature_vectors, wanted)
-            self._load()
+            self._indexing.exchange(self._feature_rows(), written=self._written)
+            self._loaded.add(self._features)
             self._written = False
+
+    def build_index(self, profile: Profile | None = None, progress: Watcher | None = None) -> None:
+        """Build exactly the index that is asked for, or that the settings ask for, whatever there was before.
+
+        The steps are those of `ensure_index`. progress: called with each step and the rows in the index. Raises
+        UsageError, before anything changes, for an index that this server cannot build; CollectionError without a
+        collection; DatabaseError.
+        """
+        with self._db.write_lock:
+            self._existing()
+            self._indexing.build(self._feature_rows(), profile, progress)
+            self._loaded.add(self._features)
+            self._written = False
+
+    def drop_index(self) -> bool:
+        """Release the features and drop their index; whether there was one. What reads features next builds it again.
+
+        Raises CollectionError without a collection, DatabaseError.
+        """
+        with self._db.write_lock:
+            self._existing()
+            self._loaded.discard(self._features)
+            return self._indexing.drop()
+
+    def scratch(self) -> Scratch:
+        """A collection for measuring beside this one; raises CollectionError without a collection."""
+        return Scratch(self._db, self._collection, self._existing().fingerprint.dim, self._settings)
+
+    def sample(self, count: int, seed: int = 0) -> dict[int, tuple[ImageRecord, Features]]:
+        """At most `count` images, drawn at random, as `stored` gives them.
+
+        Image keys are hashes, so the images whose keys lie in any one range are a random sample.
+        """
+        self._existing()
+        space = 1 << IMAGE_KEY_BITS
+        total = self.count_images()
+        width = space if total <= _KEYS else min(space, math.ceil(space * 1.2 * count / total))
+        first = int(np.random.default_rng(seed).integers(space))
+        ranges = [(first, min(first + width, space)), (0, max(0, first + width - space))]
+        condition = " or ".join(f"(image_key >= {low} and image_key < {high})" for low, high in ranges)
+        rows = self._reading(
+            "drawing a sample",
+            self._client.query,
+            self._images,
+            filter=condition,
+            output_fields=["image_key"],
+            limit=_QUERIES,
+            consistency_level=_SESSION,
+        )
+        keys = sorted((int(row["image_key"]) for row in rows), key=lambda key: (key - first) % space)[:count]
+        found: dict[int, tuple[ImageRecord, Features]] = {}
+        for start in range(0, len(keys), _DESCRIBED):
+            found.update(self.stored(keys[start : start + _DESCRIBED]))
+        return found
+
+    def index_status(self, k: int = 120) -> IndexStatus:
+        """The index of the features; nothing is loaded or built. k: neighbours that a search asks for."""
+        self._existing()
+        return self._indexing.status(k)
 
     def list(
         self, prefix: str = "", limit: int | None = None, root: str | None = None, after: str = ""
@@ -439,8 +469,8 @@ class FeatureStore:
             yield from self._records([key for _, key in chosen[start : start + _KEYS]], facts).values()
 
     def _attach(self) -> CollectionFacts | None:
-        """The facts of the collections, checked and loaded; None while they do not exist."""
-        if self._ready:
+        """The facts of the collections, checked; None while they do not exist."""
+        if self._attached:
             return self._facts
         with self._state_lock, self._db.asking("looking for the collections"):
             names = (self._features, self._images)
@@ -451,8 +481,7 @@ class FeatureStore:
                 self._facts = self._checked(name, described.get("properties") or {})
             if len(present) < len(names):
                 return None
-        self._load()
-        self._ready = True
+        self._attached = True
         return self._facts
 
     def _checked(self, name: str, properties: Mapping[str, str]) -> CollectionFacts:
@@ -509,6 +538,18 @@ class FeatureStore:
         """The condition that keeps to the tenant, "" where none is set."""
         return f"{facts.tenant_field} == {quoted(self._owner())}" if self._tenant else ""
 
+    def _existing(self) -> CollectionFacts:
+        facts = self._attach()
+        if facts is None:
+            raise CollectionError(_absent(self._collection, self._db.where))
+        return facts
+
+    def _feature_rows(self) -> int:
+        """Rows of the features. Without an index they cannot be loaded and counted: then those flushed."""
+        if self._indexing.described(self._features) != NO_INDEX:
+            return self.count_features()
+        return self._indexing.flushed_rows(self._features)
+
     def _created(self) -> CollectionFacts:
         """The facts of the collections, which are created where they are absent."""
         facts = self._attach()
@@ -518,118 +559,66 @@ class FeatureStore:
             made = self._planned()
             fields = declared_fields(made.declared, made.tenant_field)
             dim = made.fingerprint.dim
-            self._create(self._features, schema.features_spec(dim, fields), made, self._profile(0))
-            self._create(self._images, schema.images_spec(dim, made.chunks, fields), made, _FLAT)
+            self._create(self._features, schema.features_spec(dim, fields), made)
+            self._create(self._images, schema.images_spec(dim, made.chunks, fields), made)
             facts = self._attach()
         if facts is None:
             raise CollectionError(f"The collection {self._collection!r} vanished while it was created; try again.")
         return facts
 
-    def _create(self, name: str, spec: CollectionSpec, facts: CollectionFacts, profile: IndexProfile) -> None:
+    def _create(self, name: str, spec: CollectionSpec, facts: CollectionFacts) -> None:
         with self._db.asking(f"creating the collection {name!r}"):
             if self._client.has_collection(name, timeout=self._settings.timeout):
                 return
-            indexes = self._index_params(spec.vector, profile)
-            for field in spec.filtered:
-                if kind := scalar_index(field.type, self._db.backend, self._db.version):
-                    indexes.add_index(field.name, index_type=kind, index_name=field.name)
             self._client.create_collection(
                 name,
                 schema=schema.to_pymilvus(spec),
-                index_params=indexes,
+                index_params=self._indexing.params(name, self._indexing.profile(name, 0), spec.filtered),
                 properties={schema.PROPERTY: facts.to_json()},
                 consistency_level=_SESSION,
                 timeout=self._settings.timeout,
             )
 
-    def _profile(self, rows: int) -> IndexProfile:
-        dim = self._facts.fingerprint.dim if self._facts else self._fingerprint.dim if self._fingerprint else 1
-        return choose(self._settings.profile, self._db.backend, dim, rows, self._index_from)
+    def _dim(self) -> int:
+        known = self._facts.fingerprint if self._facts else self._fingerprint
+        return known.dim if known else 1
 
-    def _index_params(self, vector: str, profile: IndexProfile) -> Any:
-        params = self._client.prepare_index_params()
-        params.add_index(
-            vector,
-            index_type=profile.index_type,
-            index_name=vector,
-            metric_type=METRIC,
-            params=profile.build_params(self._db.backend),
-        )
-        return params
+    def _load(self, name: str) -> None:
+        """Load a collection, which then has an index; without the state's lock, for this may wait for a writer."""
+        self._indexing.load(name)
+        self._loaded.add(name)
 
-    def _described_index(self, name: str, vector: str) -> _Index:
-        with self._db.asking("reading the index"):
-            found = self._client.describe_index(name, vector, timeout=self._settings.timeout)
-        if not found:
-            return _NO_INDEX
-        flat = {**found, **found.get("params", {})}
-        params = {key: int(flat[key]) for key in ("nlist", "m", "nbits", "M", "efConstruction") if key in flat}
-        return _Index(str(found["index_type"]), params, str(found.get("state", "unknown")))
-
-    def _build_index(self, name: str, vector: str, profile: IndexProfile) -> None:
-        with self._db.building(), self._db.asking(f"building the index {profile.index_type}"):
-            self._client.create_index(name, self._index_params(vector, profile), timeout=_BUILD_SECONDS)
-
-    def _indexed(self, name: str, vector: str) -> _Index:
-        """The index of a collection, which is created where a crash left none."""
-        found = self._described_index(name, vector)
-        if found != _NO_INDEX:
-            return found
-        # An index that another thread is exchanging is missing only meanwhile: wait for that writer.
-        with self._db.write_lock:
-            found = self._described_index(name, vector)
-            if found != _NO_INDEX:
-                return found
-            profile = self._profile(self._rows_unloaded(name)) if name == self._features else _FLAT
-            self._build_index(name, vector, profile)
-            return self._described_index(name, vector)
-
-    def _rows_unloaded(self, name: str) -> int:
-        """About how many rows a collection has that cannot be loaded yet: those flushed, some of them deleted."""
-        with self._db.asking("estimating its size"):
-            return int(self._client.get_collection_stats(name, timeout=self._settings.timeout)["row_count"])
-
-    def _load(self) -> None:
-        """Load what is not loaded, with an index: a server loads nothing without one.
-
-        Milvus Lite releases an indexed collection whenever it is closed.
-        """
-        self._index = self._indexed(*self._feature_vectors)
-        self._indexed(*self._image_vectors)
-        for name in (self._features, self._images):
-            with self._db.building(), self._db.asking(f"loading {name!r}"):
-                self._client.load_collection(name, timeout=_BUILD_SECONDS)
-
-    def _reading(self, doing: str, read: Any, *arguments: Any, **options: Any) -> Any:
-        """Call the client; where somebody released a collection meanwhile, load it and call again."""
+    def _reading(self, doing: str, read: Any, name: str, *arguments: Any, **options: Any) -> Any:
+        """Call the client for a loaded collection; where somebody released it meanwhile, load it and call again."""
+        if name not in self._loaded:
+            self._load(name)
         try:
             with self._db.asking(doing):
-                return read(*arguments, timeout=self._settings.timeout, **options)
+                return read(name, *arguments, timeout=self._settings.timeout, **options)
         except NotLoadedError:
             # An index that is being exchanged must stay released until that is done: wait for the writer.
             with self._db.write_lock:
-                self._load()
+                self._load(name)
             with self._db.asking(doing):
-                return read(*arguments, timeout=self._settings.timeout, **options)
+                return read(name, *arguments, timeout=self._settings.timeout, **options)
 
-    def _search_parameters(self, k: int) -> dict[str, Any]:
-        index = self._index
-        return {"metric_type": METRIC, "params": search_params(index.type, index.params, self._settings.nprobe, k)}
-
-    def _search(self, queries: Float32Array, k: int, params: dict[str, Any], condition: str = "") -> Any:
-        return self._reading(
+    def _search(
+        self, queries: Float32Array, k: int, params: dict[str, Any], condition: str = ""
+    ) -> tuple[Int64Array, Float32Array]:
+        found: tuple[Int64Array, Float32Array] = self._reading(
             "searching for neighbours",
-            self._client.search,
+            partial(search_arrays, self._client),
             self._features,
-            list(queries),
+            k,
+            data=list(queries),
             anns_field="descriptor",
-            limit=k,
             filter=condition,
             search_params=params,
             # Without any output field Milvus Lite would return all of them.
             output_fields=["feature_key"] if self._db.backend == "lite" else [],
             consistency_level=_SESSION,
         )
+        return found
 
     def _rows(self, keys: Sequence[int], fields: Sequence[str], consistency: str = _STRONG) -> dict[int, Row]:
         """Rows of the images collection by primary key."""
@@ -730,7 +719,7 @@ class FeatureStore:
         """Write whole rows, replacing those of the same key."""
         # On Milvus Lite the newest row of a key wins however it was written; its upsert looks for each old row first.
         replaces = self._db.backend == "lite"
-        if self._facts and self._facts.tenant_field and not replaces and not version_at_least(self._db.version, 2, 4):
+        if self._facts and self._facts.tenant_field and not replaces and self._indexing.engine.release < (2, 4):
             # Before 2.4 an upsert puts rows into partitions that a search for their tenant does not look in.
             primary = "image_key" if name == self._images else "feature_key"
             self._delete_rows(name, [row[primary] for row in rows])

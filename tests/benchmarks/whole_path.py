@@ -68,12 +68,12 @@ def main() -> None:
 
 
 def raw_search(index: DelfIndex, path: Path) -> float:
-    """Seconds that the client alone takes for the same vectors, index parameters and limit."""
+    """Seconds that the database alone takes for the same vectors, index parameters and limit."""
     matcher, store = index._matcher, index._store
     query = matcher.query_features(matcher.decode(path))
     started = time.perf_counter()
     k = index.settings.search.neighbours
-    store._search(query.descriptors, k, store._search_parameters(k))
+    store._search(query.descriptors, k, store._indexing.search_params(k))
     return time.perf_counter() - started
 
 

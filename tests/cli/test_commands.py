@@ -273,3 +273,36 @@ def test_importing_the_package_loads_neither_torch_nor_pymilvus() -> None:
 def test_every_command_has_an_example(workplace: Path) -> None:
     for command in ("ingest", "search", "match", "status", "list", "show", "delete"):
         assert f"delf-milvus {command}" in call(workplace, command, "--help").stdout.replace("--uri photos.db ", "")
+
+
+def test_the_index_is_built_shown_and_dropped(tmp_path: Path) -> None:
+    for seed in range(4):
+        save_photo(tmp_path / "photos" / f"{seed}.png", make_photo(seed))
+    assert call(tmp_path, "ingest", "photos").returncode == 0
+    built = json.loads(call(tmp_path, "--json", "index", "build", "--profile", "hnsw").stdout)
+    assert (built["index"], built["state"]) == ("HNSW", "Finished")
+    assert "nlist" not in call(tmp_path, "index", "status").stdout
+    assert json.loads(call(tmp_path, "--json", "index", "drop").stdout) == {"dropped": True}
+    assert call(tmp_path, "index", "drop").stdout == "no index\n"
+    assert json.loads(call(tmp_path, "--json", "index", "status").stdout)["index"] == "none"
+    refused = call(tmp_path, "index", "build", "--profile", "GPU_IVF_PQ")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("Error: Milvus Lite has no GPU_IVF_PQ")
+    unknown = call(tmp_path, "index", "build", "--profile", "IVFPQ")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+    searched = call(tmp_path, "search", "photos/2.png")
+    assert searched.returncode == 0
+    assert searched.stderr.startswith("WARNING: the collection delf_features has no index")
+
+
+def test_tuning_prints_a_table_and_a_line_to_paste(tmp_path: Path) -> None:
+    for seed in range(9):
+        save_photo(tmp_path / "photos" / f"{seed}.png", make_photo(seed))
+    assert call(tmp_path, "ingest", "photos").returncode == 0
+    result = call(tmp_path, "-q", "index", "tune", "--profile", "FLAT", "--profile", "IVF_SQ8", "--out", "front.png")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.split()[:4] == ["front", "profile", "search", "recall"]
+    assert 'store = { profile = "' in result.stdout
+    assert (tmp_path / "front.png").is_file()
+    values = json.loads(call(tmp_path, "--json", "index", "tune", "--profile", "FLAT").stdout)
+    assert (values["recommended"]["recall"], len(values["points"])) == (1, 1)
