@@ -4,7 +4,8 @@
 
 Prints UKBench's N-S (alone, and with every other photo as a distractor) and mean average precision for UKBench, the
 judging places of landmarks and the three multi-view scenes, each with everything else as distractors. Features are
-kept in --cache, so that a second run with other retrieval settings takes minutes.
+kept in --cache, so that a second run with other retrieval settings takes minutes. --save keeps the figures of every
+query, and --against FILE of another run prints the mean difference to them with a 95 % interval (paired bootstrap).
 
 The neighbours come from faiss (a dependency of the embedded database): IVF with so many lists visited that its loss
 is below what these sets can resolve, which keeps the index's quantisation out of a comparison of models.
@@ -93,14 +94,18 @@ def truth(names: list[str]) -> dict[str, str]:
     return instances
 
 
-def judge(photos: PhotoSet, settings: Settings, queries: list[str]) -> dict[str, dict[str, float]]:
-    """Mean figures by set."""
+Figures = dict[str, dict[str, dict[str, float]]]
+"""Set, then name of the figure, then query: its value."""
+
+
+def judge(photos: PhotoSet, settings: Settings, queries: list[str]) -> Figures:
+    """Figures of every query, by set."""
     collection = MemoryCollection(photos.names, photos.features)
     instances = truth(photos.names)
     members: dict[str, set[str]] = {}
     for name, instance in instances.items():
         members.setdefault(instance, set()).add(name)
-    figures: dict[str, dict[str, list[float]]] = {}
+    figures: Figures = {}
     numbers = {name: number for number, name in enumerate(photos.names)}
     for done, name in enumerate(queries, 1):
         query = photos.features[numbers[name]].top(settings.extract.plan.query_features)
@@ -108,12 +113,34 @@ def judge(photos: PhotoSet, settings: Settings, queries: list[str]) -> dict[str,
         ranking = [candidate.image_id for candidate in found.candidates]
         same = members[instances[name]]
         group = figures.setdefault(name.split("/")[0], {})
-        group.setdefault("mAP", []).append(average_precision(ranking, same - {name}, {name}))
+        group.setdefault("mAP", {})[name] = average_precision(ranking, same - {name}, {name})
         if name.startswith("ukbench"):
-            group.setdefault("N-S", []).append(ns_score(ranking, same))
+            group.setdefault("N-S", {})[name] = ns_score(ranking, same)
         if done % 200 == 0:
             print(f"  {done} of {len(queries)} queries", flush=True)
-    return {group: {k: float(np.mean(v)) for k, v in values.items()} for group, values in figures.items()}
+    return figures
+
+
+def means(figures: Figures) -> str:
+    return json.dumps(
+        {
+            group: {name: round(float(np.mean(list(values.values()))), 4) for name, values in named.items()}
+            for group, named in figures.items()
+        }
+    )
+
+
+def compare(mine: Figures, theirs: Figures, draws: int = 10_000) -> None:
+    """Print the mean difference of every figure with the 95 % interval of a paired bootstrap over the queries."""
+    random = np.random.default_rng(0)
+    for group, named in mine.items():
+        for name, values in named.items():
+            other = theirs.get(group, {}).get(name, {})
+            change = np.array([values[query] - other[query] for query in values if query in other])
+            if len(change):
+                drawn = change[random.integers(0, len(change), (draws, len(change)))].mean(axis=1)
+                low, high = np.quantile(drawn, [0.025, 0.975])
+                print(f"  {group} {name}: {change.mean():+.4f} [{low:+.4f}, {high:+.4f}], {len(change)} queries")
 
 
 def main() -> None:
@@ -126,6 +153,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="every fifth query only")
     parser.add_argument("--alone", action="store_true", help="UKBench without distractors only")
     parser.add_argument("--without", nargs="*", default=[], help="sets of distractors to leave out")
+    parser.add_argument("--save", type=Path, help="JSON file for the figures of every query")
+    parser.add_argument("--against", type=Path, help="such a file of another run, to compare with")
     options = parser.parse_args()
     settings = Settings(extract={"preset": options.preset, "selection": options.selection})
     extractor = Extractor(options.model, settings.extract)
@@ -136,10 +165,18 @@ def main() -> None:
     if options.quick:
         queries = queries[::5]
     alone = judge(sets["ukbench"], settings, [q for q in queries if q.startswith("ukbench")])
-    print("ukbench alone:", json.dumps(alone["ukbench"]), flush=True)
-    if options.alone:
-        return
-    print("with distractors:", json.dumps(judge(everything, settings, queries)), flush=True)
+    print("ukbench alone:", means(alone), flush=True)
+    runs = {"alone": alone}
+    if not options.alone:
+        runs["with distractors"] = judge(everything, settings, queries)
+        print("with distractors:", means(runs["with distractors"]), flush=True)
+    if options.save:
+        options.save.write_text(json.dumps(runs))
+    if options.against:
+        theirs = json.loads(options.against.read_text())
+        for run, figures in runs.items():
+            print(f"difference, {run}, mean and 95 % interval:")
+            compare(figures, theirs.get(run, {}))
 
 
 if __name__ == "__main__":
