@@ -36,8 +36,9 @@ def test_a_profile_is_built_searched_and_described(store: FeatureStore, profile:
     steps: list[BuildProgress] = []
     store.build_index(profile, steps.append)
     status = store.index_status()
-    assert (status.index, status.state, status.substitute_for) == (profile, "Finished", "")
-    assert (status.indexed_rows, status.total_rows) == (3000, 3000)
+    assert (status.index, status.substitute_for, status.total_rows) == (profile, "", 3000)
+    # The server may merge segments at any time, and then builds the merged one anew.
+    assert status.state in ("Finished", "InProgress")
     assert status.segments >= 1
     assert 0 < status.segment_rows <= 3000
     assert status.params["M" if profile == "HNSW" else "nlist"] > 0
