@@ -103,6 +103,11 @@ class StoreSettings(_Stage):
     )
     nprobe: int = Field(32, ge=1, le=65536, description="Lists an IVF index visits for each descriptor.")
     timeout: float = Field(60.0, gt=0, description="Seconds before a call to the database fails.")
+    retry_seconds: float = Field(
+        15.0,
+        ge=0,
+        description="Seconds that a call is repeated while the database is away or busy: a restart may pass unseen.",
+    )
     batch_bytes: int = Field(
         8_000_000, ge=100_000, le=60_000_000, description="Bytes of one write; a message may have at most 64 MB."
     )

@@ -33,6 +33,7 @@ from delf_milvus.settings import StoreSettings
 from delf_milvus.store import connection, records, schema
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.connection import Connection, NotLoadedError
+from delf_milvus.store.fsck import Fsck, FsckReport, Progress
 from delf_milvus.store.keys import Int64Array, feature_keys, image_key
 from delf_milvus.store.profiles import INDEX_FROM, METRIC, IndexProfile, choose, search_params
 from delf_milvus.store.records import ImageRecord, Row
@@ -153,9 +154,9 @@ class FeatureStore:
             absent = not create and not connection.is_server(uri) and not connection.embedded_exists(uri)
             if absent:
                 raise CollectionError(_absent(collection, uri))
-            database = connection.connect(uri, token, settings.timeout)
+            database = connection.connect(uri, token, settings.timeout, settings.retry_seconds)
         else:
-            database = connection.adopt(client, settings.timeout)
+            database = connection.adopt(client, settings.timeout, settings.retry_seconds)
         try:
             store = cls(database, collection, fingerprint, settings, max_features, index_from)
             if not store._attach() and not create:
@@ -338,6 +339,18 @@ class FeatureStore:
             fingerprint=facts.fingerprint if facts else None,
             schema_version=facts.schema_version if facts else schema.SCHEMA_VERSION,
         )
+
+    def fsck(self, repair: bool = False, progress: Progress | None = None) -> FsckReport:
+        """Look for what does not fit together, and with `repair` mend it: see `fsck`. Raises DatabaseError."""
+        with self._db.write_lock:
+            facts = self._attach()
+            if facts is None:
+                raise CollectionError(_absent(self._collection, self._db.where))
+            report = Fsck(self._db, self._features, self._images, facts).run(repair, progress)
+            if repair and report.findings:
+                self._written = True
+                self.ensure_index()
+        return report
 
     def ensure_index(self) -> None:
         """Give the features the index that their number and the settings ask for, and make all of them searchable.
@@ -526,14 +539,12 @@ class FeatureStore:
     def _reading(self, doing: str, read: Any, *arguments: Any, **options: Any) -> Any:
         """Call the client; where somebody released a collection meanwhile, load it and call again."""
         try:
-            with self._db.asking(doing):
-                return read(*arguments, timeout=self._settings.timeout, **options)
+            return self._db.call(doing, read, *arguments, **options)
         except NotLoadedError:
             # An index that is being exchanged must stay released until that is done: wait for the writer.
             with self._db.write_lock:
                 self._load()
-            with self._db.asking(doing):
-                return read(*arguments, timeout=self._settings.timeout, **options)
+            return self._db.call(doing, read, *arguments, **options)
 
     def _search_parameters(self, k: int) -> dict[str, Any]:
         index = self._index
@@ -631,14 +642,12 @@ class FeatureStore:
         """Write whole rows, replacing those of the same key."""
         # On Milvus Lite the newest row of a key wins however it was written; its upsert looks for each old row first.
         write = self._client.insert if self._db.backend == "lite" else self._client.upsert
-        with self._db.asking("writing"):
-            write(name, list(rows), timeout=self._settings.timeout)
+        self._db.call("writing", write, name, list(rows))
 
     def _delete_rows(self, name: str, keys: Sequence[int]) -> None:
         """Delete by primary key, the last ones first."""
         for end in range(len(keys), 0, -_QUERIES):
-            with self._db.asking("deleting"):
-                self._client.delete(name, ids=list(keys[max(0, end - _QUERIES) : end]), timeout=self._settings.timeout)
+            self._db.call("deleting", self._client.delete, name, ids=list(keys[max(0, end - _QUERIES) : end]))
 
 
 def _check_name(collection: str) -> None:
