@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.store.profiles import Backend
@@ -37,6 +37,8 @@ _COLLECTION_NOT_FOUND = 100
 _NOT_LOADED = 101
 # Busy, still loading, or a node, channel or replica that moves to another place: it passes.
 _PASSING = frozenset((4, 8, 12, 103, 106, 110, 202, 401, 502, 503, 901, 902, 903))
+# All that a server says of some calls while it starts.
+_STARTING = "unrecoverable error"
 _ATTEMPTS_PAST_DEADLINE = 2
 _OLDEST_SERVER = (2, 3)
 _LITE = "milvus_lite-"
@@ -55,6 +57,8 @@ _embedded_guard = threading.Lock()
 _write_locks: dict[str, threading.RLock] = {}
 _stderr_guard = threading.RLock()
 
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +139,22 @@ class Connection:
             yield
 
     def call(self, doing: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call the client within the time limit; what may be repeated is repeated, with growing pauses.
+        """Call the client within the time limit; what may be repeated is repeated: see `patiently`.
 
-        For reads, and for writes and deletes by primary key. An answer that is late is waited for once more, a server
-        that is away or busy for `retry_seconds`; then the last failure is raised, as `asking` words it.
+        For reads, and for writes and deletes by primary key. Raises as `asking` does.
+        """
+
+        def once() -> Any:
+            with self.asking(doing):
+                return function(*arguments, timeout=self.timeout, **options)
+
+        return self.patiently(once)
+
+    def patiently(self, function: Callable[[], Result]) -> Result:
+        """Call what may be called twice, with growing pauses, until it succeeds or patience ends.
+
+        An answer that is late is waited for once more, a database that is away or busy for `retry_seconds`; then the
+        last error is raised.
         """
         from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
 
@@ -152,16 +168,14 @@ class Connection:
             if state.attempt_number == 1 and state.outcome is not None:
                 log.warning("%s Trying again.", state.outcome.exception())
 
-        for attempt in Retrying(
+        retrying = Retrying(
             retry=retry_if_exception_type((AwayError, DeadlineError)),
             wait=wait_exponential(multiplier=0.1, max=2.0) + wait_random(0, 0.1),
             stop=give_up,
             before_sleep=tell,
             reraise=True,
-        ):
-            with attempt, self.asking(doing):
-                return function(*arguments, timeout=self.timeout, **options)
-        raise AssertionError("the loop returns or raises")
+        )
+        return retrying(function)
 
     def building(self) -> AbstractContextManager[None]:
         """Around what may build an index: keeps faiss, which Milvus Lite runs in this process, from printing."""
@@ -259,7 +273,7 @@ def _asking_milvus(where: str, doing: str, timeout: float) -> Iterator[None]:
             ) from None
         if error.code == _CONNECT_FAILED or isinstance(error.code, grpc.StatusCode):
             raise AwayError(f"Cannot reach the database at {where} while {doing}: is it running?") from None
-        if error.code in _PASSING:
+        if error.code in _PASSING or _STARTING in error.message:
             raise AwayError(
                 f"The database at {where} is not ready while {doing}: {_sentence(error.message)}."
             ) from None

@@ -19,8 +19,9 @@ from __future__ import annotations
 import heapq
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version as installed_version
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.features import MAX_FEATURES, ORDINAL_BITS, Features, Fingerprint, Float32Array
 from delf_milvus.settings import StoreSettings
-from delf_milvus.store import connection, records, schema
+from delf_milvus.store import connection, records, schema, upkeep
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.connection import Connection, NotLoadedError
 from delf_milvus.store.fsck import Fsck, FsckReport, Progress
@@ -65,7 +66,8 @@ class StoreStatus:
     backend: "Milvus Lite 3.2.2". uri: without secrets. collection: the name both collections start with; exists tells
     whether they do. images, features: rows. index_asked: the setting. index_used, index_params: what is built.
     substitute_for: the index that index_used stands in for because this backend lacks it, or "". index_state: as Milvus
-    says. fingerprint: of the model that filled the collection.
+    says. indexed_rows, index_total_rows: how far it is built; what was written a moment ago is in neither. index_bytes:
+    an estimate of its memory. fingerprint: of the model that filled the collection. pymilvus: its version.
     """
 
     backend: str
@@ -79,8 +81,12 @@ class StoreStatus:
     index_params: Mapping[str, int]
     substitute_for: str
     index_state: str
+    indexed_rows: int
+    index_total_rows: int
+    index_bytes: int
     fingerprint: Fingerprint | None
     schema_version: int
+    pymilvus: str
 
 
 class _Index(NamedTuple):
@@ -324,6 +330,8 @@ class FeatureStore:
         images, features = (self.count_images(), self.count_features()) if facts else (0, 0)
         index = self._described_index(*self._feature_vectors) if facts else _Index("none", {}, "no collection")
         wanted = self._profile(features)
+        indexed, total = upkeep.build_progress(self._db, *self._feature_vectors) if facts else (0, 0)
+        dim = facts.fingerprint.dim if facts else 0
         return StoreStatus(
             backend=self._db.version,
             uri=self._db.where,
@@ -336,8 +344,12 @@ class FeatureStore:
             index_params=index.params,
             substitute_for=wanted.substitute_for if wanted.index_type == index.type else "",
             index_state=index.state,
+            indexed_rows=indexed,
+            index_total_rows=total,
+            index_bytes=upkeep.index_bytes(index.type, index.params, dim, features),
             fingerprint=facts.fingerprint if facts else None,
             schema_version=facts.schema_version if facts else schema.SCHEMA_VERSION,
+            pymilvus=installed_version("pymilvus"),
         )
 
     def fsck(self, repair: bool = False, progress: Progress | None = None) -> FsckReport:
@@ -351,6 +363,13 @@ class FeatureStore:
                 self._written = True
                 self.ensure_index()
         return report
+
+    def compact(self, progress: Callable[[str], None] | None = None) -> upkeep.CompactionReport:
+        """Merge small segments and drop deleted rows: see `upkeep.compact`. Raises DatabaseError."""
+        with self._db.write_lock:
+            if self._attach() is None:
+                raise CollectionError(_absent(self._collection, self._db.where))
+            return upkeep.compact(self._db, (self._features, self._images), progress)
 
     def ensure_index(self) -> None:
         """Give the features the index that their number and the settings ask for, and make all of them searchable.
@@ -543,7 +562,7 @@ class FeatureStore:
         except NotLoadedError:
             # An index that is being exchanged must stay released until that is done: wait for the writer.
             with self._db.write_lock:
-                self._load()
+                self._db.patiently(self._load)
             return self._db.call(doing, read, *arguments, **options)
 
     def _search_parameters(self, k: int) -> dict[str, Any]:

@@ -235,11 +235,11 @@ class Fsck:
 
     def _joined(self, totals: dict[str, int]) -> Iterator[tuple[int, Row | None, list[Row]]]:
         """Every image key of either collection, in rising order, with its row and its features."""
-        size = _PAGE_BYTES // (4 * self._facts.fingerprint.dim + 64)
+        # Every call of Milvus Lite costs a walk over all keys, however few rows it returns.
+        size = max(1, _PAGE_BYTES // (4 * self._facts.fingerprint.dim + 64))
+        size = min(size, _PAGE_ROWS) if self._db.backend == "server" else size
         images = self._ordered(self._images, "image_key", self._image_fields, _IMAGES, totals[self._images])
-        pages = self._ordered(
-            self._features, "feature_key", self._feature_fields, min(size, _PAGE_ROWS), totals[self._features]
-        )
+        pages = self._ordered(self._features, "feature_key", self._feature_fields, size, totals[self._features])
         groups = _grouped(row for page in pages for row in page)
         rows = (row for page in images for row in page)
         image, group = next(rows, None), next(groups, None)
@@ -277,7 +277,7 @@ class Fsck:
             keys = sorted(int(row[primary]) for row in found)
             del found
             for start in range(0, len(keys), page):
-                yield self._get(name, primary, keys[start : start + page], fields)
+                yield self._get(name, primary, keys[start : start + page], fields, page)
 
     def _iterated(self, name: str, fields: Sequence[str], page: int) -> Iterator[list[Row]]:
         pages = self._db.call(
@@ -331,15 +331,15 @@ class Fsck:
         parts = [keys[start : start + _KEYS] for start in range(0, len(keys), _KEYS)]
         return sum(self._count(name, f"{primary} in {part}") for part in parts)
 
-    def _get(self, name: str, primary: str, keys: Sequence[int], fields: Sequence[str]) -> list[Row]:
-        """Those of the rows that exist, in rising order of their key."""
+    def _get(self, name: str, primary: str, keys: Sequence[int], fields: Sequence[str], step: int = _KEYS) -> list[Row]:
+        """Those of the rows that exist, in rising order of their key; `step` keys a call."""
         rows: list[Row] = []
-        for start in range(0, len(keys), _KEYS):
+        for start in range(0, len(keys), step):
             rows += self._db.call(
                 "reading rows",
                 self._db.client.get,
                 name,
-                ids=list(keys[start : start + _KEYS]),
+                ids=list(keys[start : start + step]),
                 output_fields=[primary, *fields],
                 consistency_level=_SESSION,
             )

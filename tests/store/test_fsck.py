@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from milvus_server import servers
 from pymilvus import MilvusClient
 from store_samples import MODEL, OTHER_MODEL, random_features, random_items
 
@@ -52,15 +53,16 @@ class Place:
         self.client.delete(f"{self.name}_{suffix}", ids=list(keys))
 
 
-@pytest.fixture(params=["lite", pytest.param("server", marks=pytest.mark.server)])
+@pytest.fixture(params=["lite", *servers(pytest.mark.server)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    uri = str(tmp_path / "photos.db") if request.param == "lite" else request.getfixturevalue("milvus").uri
+    lite = request.param == "lite"
+    uri = str(tmp_path / "photos.db") if lite else request.getfixturevalue(f"{request.param}_server").uri
     name = f"t{uuid.uuid4().hex[:12]}"
     with FeatureStore.open(uri, name, MODEL, StoreSettings(), max_features=100) as store:
         items = random_items(1, IMAGES, COUNT)
         store.write([(ImageRecord(r.image_id, r.uri, r.sha256, metadata={"year": 1999}), f) for r, f in items])
         client = MilvusClient(uri)
-        yield Place(store, client, name, request.param == "server")
+        yield Place(store, client, name, not lite)
         for suffix in ("features", "images"):
             client.drop_collection(f"{name}_{suffix}")
         client.close()
@@ -140,7 +142,7 @@ def test_every_kind_of_damage_is_found_and_mended(place: Place) -> None:
 
 
 def test_keys_are_read_in_several_ranges_and_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_RANGE", 100), ("_PAGE_ROWS", 30), ("_IMAGES", 5), ("_KEYS", 1000)):
+    for name, value in (("_RANGE", 100), ("_PAGE_BYTES", 5000), ("_IMAGES", 5)):
         monkeypatch.setattr(fsck, name, value)
     with FeatureStore.open(str(tmp_path / "photos.db"), "delf", MODEL, StoreSettings(), max_features=100) as store:
         store.write(random_items(1, IMAGES, COUNT))
