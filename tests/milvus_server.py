@@ -115,7 +115,7 @@ class WheelServer:
         text = unpacked.config.template_text
         text = text.replace("\netcd:\n", f"\netcd:\n  config:\n    path: {etcd}\n", 1)
         # A server that starts again waits for its dead predecessor's session to end before it loads anything.
-        unpacked.config.template_text = re.sub(r"(\n  session:\n    ttl: )\d+", r"\g<1>5", text)
+        unpacked.config.template_text = re.sub(r"(\n  session:\n    ttl: )\d+", r"\g<1>10", text)
         unpacked.start()
         assert "ttl: 10" in (folder / "configs/milvus.yaml").read_text()
         assert "path: data" in (folder / "configs/milvus.yaml").read_text()

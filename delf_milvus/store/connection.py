@@ -217,6 +217,8 @@ def embedded_exists(uri: str) -> bool:
 def connect(uri: str, token: str, timeout: float, retry_seconds: float = 0.0) -> Connection:
     """Connect to a server, or start or join the embedded database at a path (it is created if absent).
 
+    retry_seconds: of a server; an embedded database is never away.
+
     Raises UsageError for a uri that is neither, DatabaseError for a server that does not answer within ten seconds (or
     `timeout`), a path that cannot be a database, or one that another process has open.
     """
