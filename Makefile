@@ -17,6 +17,9 @@ check: $(VENV)/installed-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/yamllint --strict deploy .yamllint.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/standalone/compose.yaml
+	$(BIN)/hadolint deploy/Dockerfile
 
 format: $(VENV)/installed-check
 	$(BIN)/ruff format .

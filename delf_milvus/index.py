@@ -6,7 +6,7 @@ The only file in which model, store and retrieval meet.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from delf_milvus.errors import InputError, NotFoundError, UsageError, one_line
+from delf_milvus.errors import InputError, ModelError, NotFoundError, UsageError, one_line
 from delf_milvus.features import Box, clipped_box
 from delf_milvus.imaging.decode import Source, decode, source_digest
 from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
@@ -24,10 +24,13 @@ from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.search import Candidate, SearchResult, Timings, answer
 from delf_milvus.settings import Profile, Settings
+from delf_milvus.store.doctor import Check, examine
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.filters import Filter
+from delf_milvus.store.fsck import FsckReport
 from delf_milvus.store.indexing import BuildProgress
 from delf_milvus.store.records import ImageRecord
+from delf_milvus.store.upkeep import CompactionReport
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -292,6 +295,42 @@ class DelfIndex:
     def calibration(self) -> Calibration:
         """What a number of inliers means with this model; raises ModelError."""
         return self._matcher.calibration
+
+    def fsck(self, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> FsckReport:
+        """Look for what does not fit together in the database, and with `repair` mend it.
+
+        Nobody may write meanwhile. progress: called with the rows read and the rows there are. Raises DatabaseError,
+        CollectionError where there is no collection.
+        """
+        return self._store.fsck(repair, progress)
+
+    def compact(self, progress: Callable[[str], None] | None = None) -> CompactionReport:
+        """Merge small segments and drop deleted rows, and wait until that is done. Raises DatabaseError."""
+        return self._store.compact(progress)
+
+    @staticmethod
+    def doctor(
+        settings: Settings | None = None, *, client: MilvusClient | None = None, read_only: bool = False
+    ) -> Iterator[Check]:
+        """Check database, rights, versions, schema, model, clock and space; nothing that is found raises.
+
+        read_only: without the checks that create, fill and drop a scratch collection.
+        """
+        settings = settings or Settings()
+        try:
+            fingerprint = PhotoMatcher(settings).fingerprint
+        except ModelError as error:
+            fingerprint = None
+            yield Check("model file", "fail", str(error), "check --model")
+        yield from examine(
+            settings.uri,
+            settings.collection,
+            settings.store,
+            fingerprint,
+            token=settings.token.get_secret_value(),
+            client=client,
+            read_only=read_only,
+        )
 
     def close(self) -> None:
         """Bring the index up to date if photos were added, and release the database unless its client was handed in."""

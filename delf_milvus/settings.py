@@ -139,6 +139,11 @@ class StoreSettings(_Stage):
     )
     tenant_field: str = Field("", description="Text field that keeps tenants apart, for a new collection.")
     tenant: str = Field("", description="Whose images are read, written and searched; none: a search sees all.")
+    retry_seconds: float = Field(
+        15.0,
+        ge=0,
+        description="Seconds that a call is repeated while the database is away or busy: a restart may pass unseen.",
+    )
     batch_bytes: int = Field(
         8_000_000, ge=100_000, le=60_000_000, description="Bytes of one write; a message may have at most 64 MB."
     )

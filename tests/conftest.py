@@ -14,8 +14,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import cv2
 import numpy as np
 import pytest
-from milvus_server import WheelServer
+from milvus_server import COMPOSE, DockerServer, Server, WheelServer, compose_environment, servers
 from numpy.typing import NDArray
+from pytest_docker.plugin import DockerComposeExecutor, Services
 
 RgbImage = NDArray[np.uint8]
 
@@ -69,11 +70,46 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test that takes the server directly runs on each of them."""
+    if "milvus" in metafunc.fixturenames:
+        metafunc.parametrize("milvus", servers(), indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WheelServer]:
+def milvus(request: pytest.FixtureRequest) -> Server:
     """A real Milvus server, shared by all tests: each takes collection names of its own, and may restart it."""
+    server: Server = request.getfixturevalue(f"{getattr(request, 'param', 'wheel')}_server")
+    return server
+
+
+@pytest.fixture(scope="session")
+def wheel_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WheelServer]:
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip("the server comes as a wheel for Linux x86-64 only")
     server = WheelServer(tmp_path_factory.mktemp("milvus"))
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def docker_compose_file() -> str:
+    return str(COMPOSE)
+
+
+@pytest.fixture(scope="session")
+def docker_setup() -> str:
+    os.environ.update(compose_environment())
+    return "up --detach --wait"
+
+
+@pytest.fixture(scope="session")
+def docker_server(
+    docker_services: Services,
+    docker_ip: str,
+    docker_compose_command: str,
+    docker_compose_file: str,
+    docker_compose_project_name: str,
+) -> DockerServer:
+    compose = DockerComposeExecutor(docker_compose_command, docker_compose_file, docker_compose_project_name)
+    return DockerServer(docker_services, compose, docker_ip)

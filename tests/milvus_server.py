@@ -1,6 +1,6 @@
-"""A real Milvus server for tests, without a container: the wheel `milvus==2.3.5` (Linux x86-64), as its own process.
+"""Real Milvus servers for tests: one without a container, and the current one in containers where an engine runs.
 
-It is old and for tests only. What matters here:
+The first is the wheel `milvus==2.3.5` (Linux x86-64), as its own process. It is old and for tests only. What matters:
 - `localStorage.path` must be relative: with the wheel's default, a query that returns vectors deletes the raw vectors.
 - SIGTERM takes it more than a minute, and nothing acknowledged is lost by SIGKILL: it is killed, by its own pid.
 - Its embedded etcd would take the ports 2379 and 2380, whoever has them already: it gets a configuration of its own.
@@ -9,21 +9,100 @@ It is old and for tests only. What matters here:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import re
+import secrets
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
 from pathlib import Path
+from typing import Protocol
+
+import pytest
+from _pytest.mark import ParameterSet
+from pytest_docker.plugin import DockerComposeExecutor, Services
+
+COMPOSE = Path(__file__).parents[1] / "deploy/standalone/compose.yaml"
 
 
-class WheelServer:
-    """The server in a folder of its own, on free ports of the loopback interface.
+class Server(Protocol):
+    """What tests may do with a server.
 
     uri: where it listens. storage: folder that the server reads files of a bulk import from; a file `storage / name`
     is called `str(storage / name)` in the import.
     """
+
+    uri: str
+
+    @property
+    def storage(self) -> Path: ...
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would."""
+
+    def restart(self) -> None:
+        """Kill, start again on the same data and ports, and wait until it serves."""
+
+
+@functools.cache
+def no_engine() -> str:
+    """Why no Docker engine with Compose can be used here; "" where one can."""
+    for command in (["docker", "info"], ["docker", "compose", "version"]):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return "needs a Docker engine: there is no docker, or it does not answer"
+        if done.returncode:
+            return f"needs a Docker engine with Compose: `{' '.join(command)}` fails"
+    return ""
+
+
+def servers(*marks: pytest.MarkDecorator) -> list[ParameterSet]:
+    """Parameters of a fixture that asks for `wheel_server` or `docker_server`."""
+    reason = no_engine()
+    skipped = [pytest.mark.skip(reason=reason)] if reason else []
+    return [pytest.param("wheel", marks=marks), pytest.param("docker", marks=[*marks, *skipped])]
+
+
+def compose_environment() -> dict[str, str]:
+    """What the compose file asks for: secrets of this run, and a port that stays through restarts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "MINIO_ROOT_USER": secrets.token_hex(8),
+        "MINIO_ROOT_PASSWORD": secrets.token_hex(16),
+        "MILVUS_ROOT_PASSWORD": secrets.token_hex(16),
+        "MILVUS_AUTHORIZATION": "false",
+        "MILVUS_PORT": str(port),
+    }
+
+
+class DockerServer:
+    """The server of `deploy/standalone/compose.yaml`, started by pytest-docker."""
+
+    def __init__(self, services: Services, compose: DockerComposeExecutor, address: str) -> None:
+        self._compose = compose
+        self.uri = f"http://{address}:{services.port_for('milvus', 19530)}"
+
+    @property
+    def storage(self) -> Path:
+        pytest.skip("a server in a container reads the files of a bulk import from its object store")
+
+    def kill(self) -> None:
+        # The exit code is that of a container that runs no more, too.
+        self._compose.execute("kill --signal SIGKILL milvus", success_codes=(0, 1))
+
+    def restart(self) -> None:
+        self.kill()
+        self._compose.execute("up --detach --wait milvus")
+
+
+class WheelServer:
+    """The server of the wheel in a folder of its own, on free ports of the loopback interface."""
 
     def __init__(self, folder: Path) -> None:
         from milvus import MilvusServer
@@ -34,8 +113,11 @@ class WheelServer:
         unpacked.config.set("localStorage.path", "data")
         etcd = _etcd_config(folder / "etcd.yaml")
         text = unpacked.config.template_text
-        unpacked.config.template_text = text.replace("\netcd:\n", f"\netcd:\n  config:\n    path: {etcd}\n", 1)
+        text = text.replace("\netcd:\n", f"\netcd:\n  config:\n    path: {etcd}\n", 1)
+        # A server that starts again waits for its dead predecessor's session to end before it loads anything.
+        unpacked.config.template_text = re.sub(r"(\n  session:\n    ttl: )\d+", r"\g<1>10", text)
         unpacked.start()
+        assert "ttl: 10" in (folder / "configs/milvus.yaml").read_text()
         assert "path: data" in (folder / "configs/milvus.yaml").read_text()
         self._process: subprocess.Popen[bytes] = unpacked.server_proc
         # Its own `stop`, called when the object goes, would signal a pid that is somebody else's by then.

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from delf_milvus.cli import config, index, ingest, manage, search, train
+from delf_milvus.cli import config, index, ingest, manage, operate, search, train
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
@@ -23,7 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Find the photos that show the same thing, with proof: DELF local features on Milvus.",
     epilog=(
-        "Exit codes: 0 done, or a match; 1 no match, or some files failed; 2 usage; 3 database unreachable; "
+        "Exit codes: 0 done, or a match; 1 no match, some files failed, or fsck found damage; 2 usage; "
+        "3 database unreachable, or a doctor's check failed; "
         "4 collection and model do not fit; 5 unreadable input; 130 interrupted."
     ),
 )
@@ -33,6 +34,8 @@ app.command("match")(search.match)
 for command in (manage.status, manage.list_images, manage.show, manage.delete):
     app.command(command.__name__.removesuffix("_images"))(command)
 app.add_typer(index.app, name="index")
+for command in (operate.doctor, operate.fsck, operate.compact):
+    app.command(command.__name__)(command)
 app.add_typer(config.app, name="config")
 app.add_typer(train.app, name="train")
 

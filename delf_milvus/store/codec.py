@@ -145,6 +145,31 @@ def unpack(text: str) -> Features:
     )
 
 
+def rounding_differences(packed: Features, exact: Features) -> list[str]:
+    """What of unpacked features is further from the exact ones than packing rounds: one phrase for each array."""
+    if (len(packed), packed.dim, packed.width, packed.height) != (len(exact), exact.dim, exact.width, exact.height):
+        return ["another number, length or photo size"]
+    if not len(exact):
+        return []
+    differing = []
+    low = np.minimum(exact.locations.min(axis=0), 0)
+    high = np.maximum(exact.locations.max(axis=0), (exact.width - 1, exact.height - 1))
+    # Half a step, and the resolution of float32 at the far edge.
+    step = (high - low) / _STEPS * 0.5 + np.spacing(np.maximum(-low, high).astype(np.float32)) * 2
+    if (np.abs(packed.locations - exact.locations) > step).any():
+        differing.append("x or y")
+    if not np.array_equal(packed.scales, exact.scales):
+        differing.append("scale")
+    if not np.allclose(packed.attention, exact.attention, rtol=2.0**-11, atol=2.0**-25):
+        differing.append("attention")
+    # A component is half a level of its row's largest one off, and restoring the norm moves it by at most the length of
+    # all those errors together.
+    level = np.abs(exact.descriptors).max(axis=1, keepdims=True) / 127 / 2
+    if (np.abs(packed.descriptors - exact.descriptors) > level * (1 + np.sqrt(exact.dim)) + 1e-6).any():
+        differing.append("descriptor")
+    return differing
+
+
 def _quantised(values: Float32Array, extent: int) -> tuple[bytes, float, float]:
     """Coordinates as uint16 steps from an origin over the image's extent, stretched where a keypoint lies outside."""
     wide: npt.NDArray[np.float64] = values.astype(np.float64)

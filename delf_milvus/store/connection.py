@@ -6,6 +6,9 @@
   this process's connections to it, unless it was running before the first of them.
 - Whatever pymilvus or gRPC raise becomes one sentence without the token; what they would print beside it on stderr is
   dropped, for our own calls only.
+- pymilvus itself repeats calls that meet a rate limit; a server that went away it reports within milliseconds. `call`
+  repeats those, for as long as the settings say: reads, and writes and deletes by key, may be repeated, because doing
+  them twice is doing them once.
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.store.profiles import Backend
@@ -32,6 +35,12 @@ _CONNECT_SECONDS = 10.0
 _CONNECT_FAILED = 2
 _COLLECTION_NOT_FOUND = 100
 _NOT_LOADED = 101
+# Busy, still loading, or a node, channel or replica that moves to another place: it passes.
+_PASSING = frozenset((4, 8, 12, 103, 106, 110, 202, 401, 502, 503, 901, 902, 903))
+# All that a server says of some calls while it starts.
+_STARTING = "unrecoverable error"
+_ATTEMPTS_PAST_DEADLINE = 2
+_OLDEST_SERVER = (2, 3)
 _LITE = "milvus_lite-"
 
 # gRPC would send even a loopback connection through a proxy that the environment names; and it would ping the embedded
@@ -49,8 +58,21 @@ _write_locks: dict[str, threading.RLock] = {}
 _stderr_guard = threading.RLock()
 
 
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+
 class NotLoadedError(DatabaseError):
     """A collection must be loaded before it can be read."""
+
+
+class AwayError(DatabaseError):
+    """The database cannot be reached or cannot serve just now: the same call may work in a moment."""
+
+
+class DeadlineError(DatabaseError):
+    """The database did not answer in time."""
 
 
 class _NotOurs(logging.Filter):
@@ -73,13 +95,26 @@ class Connection:
     """A connected client and what is known about its other end.
 
     client: the pymilvus client. backend: "lite" or "server". version: "Milvus Lite 3.2.2" or "Milvus 2.6.4".
-    where: path or address for messages, without secrets. write_lock: held by one writer of an embedded database.
+    where: path or address for messages, without secrets. timeout: seconds for an answer. retry_seconds: how long `call`
+    repeats a call. write_lock: held by one writer of an embedded database.
+
+    Raises DatabaseError for a server that does not answer, or that is too old.
     """
 
-    def __init__(self, client: MilvusClient, where: str, timeout: float, *, embedded: str = "", owned: bool) -> None:
+    def __init__(
+        self,
+        client: MilvusClient,
+        where: str,
+        timeout: float,
+        *,
+        embedded: str = "",
+        owned: bool,
+        retry_seconds: float = 0.0,
+    ) -> None:
         self.client = client
         self.where = where
         self.timeout = timeout
+        self.retry_seconds = retry_seconds
         self._embedded = embedded
         self._owned = owned
         self._closed = False
@@ -90,12 +125,57 @@ class Connection:
         self.version = (
             f"Milvus Lite {version.removeprefix(_LITE)}" if self.backend == "lite" else f"Milvus {version.lstrip('v')}"
         )
+        found = re.match(r"v?(\d+)\.(\d+)", version)
+        if self.backend == "server" and found and (int(found[1]), int(found[2])) < _OLDEST_SERVER:
+            oldest = ".".join(map(str, _OLDEST_SERVER))
+            raise DatabaseError(
+                f"{where} is {self.version}, which is too old: update it to Milvus {oldest} or newer, best a 2.6."
+            )
 
     @contextmanager
     def asking(self, doing: str) -> Iterator[None]:
         """Around every call of the client: raises DatabaseError or CollectionError for whatever it raises."""
         with _asking_milvus(self.where, doing, self.timeout):
             yield
+
+    def call(self, doing: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call the client within the time limit; what may be repeated is repeated: see `patiently`.
+
+        For reads, and for writes and deletes by primary key. Raises as `asking` does.
+        """
+
+        def once() -> Any:
+            with self.asking(doing):
+                return function(*arguments, timeout=self.timeout, **options)
+
+        return self.patiently(once)
+
+    def patiently(self, function: Callable[[], Result]) -> Result:
+        """Call what may be called twice, with growing pauses, until it succeeds or patience ends.
+
+        An answer that is late is waited for once more, a database that is away or busy for `retry_seconds`; then the
+        last error is raised.
+        """
+        from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
+
+        def give_up(state: RetryCallState) -> bool:
+            late = state.outcome is not None and isinstance(state.outcome.exception(), DeadlineError)
+            if late:
+                return state.attempt_number >= _ATTEMPTS_PAST_DEADLINE
+            return (state.seconds_since_start or 0) + state.upcoming_sleep >= self.retry_seconds
+
+        def tell(state: RetryCallState) -> None:
+            if state.attempt_number == 1 and state.outcome is not None:
+                log.warning("%s Trying again.", state.outcome.exception())
+
+        retrying = Retrying(
+            retry=retry_if_exception_type((AwayError, DeadlineError)),
+            wait=wait_exponential(multiplier=0.1, max=2.0) + wait_random(0, 0.1),
+            stop=give_up,
+            before_sleep=tell,
+            reraise=True,
+        )
+        return retrying(function)
 
     def building(self) -> AbstractContextManager[None]:
         """Around what may build an index: keeps faiss, which Milvus Lite runs in this process, from printing."""
@@ -118,10 +198,10 @@ class Connection:
                         server_manager_instance.release_server(self._embedded)
 
 
-def adopt(client: MilvusClient, timeout: float) -> Connection:
+def adopt(client: MilvusClient, timeout: float, retry_seconds: float = 0.0) -> Connection:
     """A connection over a client that somebody else opened and will close."""
     _silence()
-    return Connection(client, "the given client's server", timeout, owned=False)
+    return Connection(client, "the given client's server", timeout, owned=False, retry_seconds=retry_seconds)
 
 
 def is_server(uri: str) -> bool:
@@ -134,8 +214,10 @@ def embedded_exists(uri: str) -> bool:
     return os.path.isdir(_checked_path(uri))
 
 
-def connect(uri: str, token: str, timeout: float) -> Connection:
+def connect(uri: str, token: str, timeout: float, retry_seconds: float = 0.0) -> Connection:
     """Connect to a server, or start or join the embedded database at a path (it is created if absent).
+
+    retry_seconds: of a server; an embedded database is never away.
 
     Raises UsageError for a uri that is neither, DatabaseError for a server that does not answer within ten seconds (or
     `timeout`), a path that cannot be a database, or one that another process has open.
@@ -149,7 +231,7 @@ def connect(uri: str, token: str, timeout: float) -> Connection:
             raise UsageError(f"{shown(uri)!r} is no address of a Milvus server: it starts with http:// or https://.")
         with _asking_milvus(shown(uri), "connecting", patience):
             client = MilvusClient(uri, token=token, timeout=patience, dedicated=True)
-        return Connection(client, shown(uri), timeout, owned=True)
+        return Connection(client, shown(uri), timeout, owned=True, retry_seconds=retry_seconds)
     path = _checked_path(uri)
     with _embedded_guard:
         running = path not in _embedded and _is_locked(path)
@@ -192,11 +274,15 @@ def _asking_milvus(where: str, doing: str, timeout: float) -> Iterator[None]:
                 f"A collection at {where} is gone while {doing}: somebody else dropped it; ingest again."
             ) from None
         if error.code == _CONNECT_FAILED or isinstance(error.code, grpc.StatusCode):
-            raise DatabaseError(f"Cannot reach the database at {where} while {doing}: is it running?") from None
+            raise AwayError(f"Cannot reach the database at {where} while {doing}: is it running?") from None
+        if error.code in _PASSING or _STARTING in error.message:
+            raise AwayError(
+                f"The database at {where} is not ready while {doing}: {_sentence(error.message)}."
+            ) from None
         raise DatabaseError(f"The database at {where} failed while {doing}: {_sentence(error.message)}.") from None
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise DatabaseError(f"The database at {where} did not answer within {timeout:g} s while {doing}.") from None
+            raise DeadlineError(f"The database at {where} did not answer within {timeout:g} s while {doing}.") from None
         raise DatabaseError(
             f"The database at {where} failed while {doing}: {_sentence(error.details() or error.code().name)}."
         ) from None

@@ -20,9 +20,10 @@ import heapq
 import math
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version as installed_version
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +33,16 @@ import numpy.typing as npt
 from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.features import MAX_FEATURES, ORDINAL_BITS, Features, Fingerprint, Float32Array
 from delf_milvus.settings import Profile, StoreSettings
-from delf_milvus.store import connection, records, schema
+from delf_milvus.store import connection, records, schema, upkeep
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.connection import Connection, NotLoadedError
 from delf_milvus.store.fields import declared
 from delf_milvus.store.filters import Filter, both, expression, quoted
+from delf_milvus.store.fsck import Fsck, FsckReport, Progress
 from delf_milvus.store.hits import PADDING_KEY, PADDING_SIMILARITY, search_arrays
 from delf_milvus.store.indexing import NO_INDEX, Indexing, IndexStatus, Watcher
 from delf_milvus.store.keys import IMAGE_KEY_BITS, Int64Array, feature_keys, image_key
-from delf_milvus.store.profiles import INDEX_FROM
+from delf_milvus.store.profiles import INDEX_FROM, memory_bytes
 from delf_milvus.store.records import ImageRecord, Row
 from delf_milvus.store.schema import CollectionFacts, CollectionSpec, declared_fields, keypoint_fields
 from delf_milvus.store.scratch import Scratch
@@ -67,8 +69,9 @@ class StoreStatus:
     backend: "Milvus Lite 3.2.2". uri: without secrets. collection: the name both collections start with; exists tells
     whether they do. images, features: rows. index_asked: the setting. index_used, index_params: what is built.
     substitute_for: the index that index_used stands in for because this backend lacks it, or "". index_state: as Milvus
-    says. fingerprint: of the model that filled the collection. fields: declarations of the fields that a search can be
-    filtered by. tenant_field: the one that keeps tenants apart, or "".
+    says. indexed_rows, index_total_rows: how far it is built; what was written a moment ago is in neither. memory_bytes:
+    an estimate for the loaded features. fingerprint: of the model that filled the collection. fields: declarations of the fields
+    that a search can be filtered by. tenant_field: the one that keeps tenants apart, or "". pymilvus: its version.
     """
 
     backend: str
@@ -82,10 +85,14 @@ class StoreStatus:
     index_params: Mapping[str, int]
     substitute_for: str
     index_state: str
+    indexed_rows: int
+    index_total_rows: int
+    memory_bytes: int
     fingerprint: Fingerprint | None
     fields: Mapping[str, str]
     tenant_field: str
     schema_version: int
+    pymilvus: str
 
 
 class FeatureStore:
@@ -155,9 +162,9 @@ class FeatureStore:
             absent = not create and not connection.is_server(uri) and not connection.embedded_exists(uri)
             if absent:
                 raise CollectionError(_absent(collection, uri))
-            database = connection.connect(uri, token, settings.timeout)
+            database = connection.connect(uri, token, settings.timeout, settings.retry_seconds)
         else:
-            database = connection.adopt(client, settings.timeout)
+            database = connection.adopt(client, settings.timeout, settings.retry_seconds)
         try:
             store = cls(database, collection, fingerprint, settings, max_features, index_from)
             if not store._attach() and not create:
@@ -357,11 +364,34 @@ class FeatureStore:
             index_params=index.params,
             substitute_for=wanted.substitute_for if wanted.index_type == index.type else "",
             index_state=index.state,
+            indexed_rows=index.indexed_rows,
+            index_total_rows=index.total_rows,
+            memory_bytes=memory_bytes(index.type, index.params, self._dim(), features) if index != NO_INDEX else 0,
             fingerprint=facts.fingerprint if facts else None,
             fields={field.name: field.declaration for field in (facts.declared if facts else self._declared)},
             tenant_field=facts.tenant_field if facts else self._settings.tenant_field,
             schema_version=facts.schema_version if facts else schema.SCHEMA_VERSION,
+            pymilvus=installed_version("pymilvus"),
         )
+
+    def fsck(self, repair: bool = False, progress: Progress | None = None) -> FsckReport:
+        """Look for what does not fit together, and with `repair` mend it: see `fsck`. Raises DatabaseError."""
+        with self._db.write_lock:
+            facts = self._attach()
+            if facts is None:
+                raise CollectionError(_absent(self._collection, self._db.where))
+            report = Fsck(self._db, self._features, self._images, facts).run(repair, progress)
+            if repair and report.findings:
+                self._written = True
+                self.ensure_index()
+        return report
+
+    def compact(self, progress: Callable[[str], None] | None = None) -> upkeep.CompactionReport:
+        """Merge small segments and drop deleted rows: see `upkeep.compact`. Raises DatabaseError."""
+        with self._db.write_lock:
+            if self._attach() is None:
+                raise CollectionError(_absent(self._collection, self._db.where))
+            return upkeep.compact(self._db, (self._features, self._images), progress)
 
     def ensure_index(self) -> None:
         """Give the features the index that their number and the settings ask for, and make all of them searchable.
@@ -593,14 +623,12 @@ class FeatureStore:
         if name not in self._loaded:
             self._load(name)
         try:
-            with self._db.asking(doing):
-                return read(name, *arguments, timeout=self._settings.timeout, **options)
+            return self._db.call(doing, read, name, *arguments, **options)
         except NotLoadedError:
             # An index that is being exchanged must stay released until that is done: wait for the writer.
             with self._db.write_lock:
-                self._load(name)
-            with self._db.asking(doing):
-                return read(name, *arguments, timeout=self._settings.timeout, **options)
+                self._db.patiently(partial(self._load, name))
+            return self._db.call(doing, read, name, *arguments, **options)
 
     def _search(
         self, queries: Float32Array, k: int, params: dict[str, Any], condition: str = ""
@@ -725,14 +753,12 @@ class FeatureStore:
             self._delete_rows(name, [row[primary] for row in rows])
             replaces = True
         write = self._client.insert if replaces else self._client.upsert
-        with self._db.asking("writing"):
-            write(name, list(rows), timeout=self._settings.timeout)
+        self._db.call("writing", write, name, list(rows))
 
     def _delete_rows(self, name: str, keys: Sequence[int]) -> None:
         """Delete by primary key, the last ones first."""
         for end in range(len(keys), 0, -_QUERIES):
-            with self._db.asking("deleting"):
-                self._client.delete(name, ids=list(keys[max(0, end - _QUERIES) : end]), timeout=self._settings.timeout)
+            self._db.call("deleting", self._client.delete, name, ids=list(keys[max(0, end - _QUERIES) : end]))
 
 
 def _check_name(collection: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from milvus_server import WheelServer
+from milvus_server import Server
 from pymilvus import MilvusClient
 from store_samples import MODEL, random_items
 
@@ -21,7 +21,7 @@ Opener = Callable[..., FeatureStore]
 
 
 @pytest.fixture
-def opened(milvus: WheelServer) -> Iterator[Opener]:
+def opened(milvus: Server) -> Iterator[Opener]:
     """Opens the store of one new collection, as often as a test needs; closes and drops everything afterwards."""
     name = f"t{uuid.uuid4().hex[:12]}"
     stores: list[FeatureStore] = []
@@ -57,7 +57,7 @@ def test_images_are_written_found_updated_and_deleted_under_ivf_pq(opened: Opene
     assert [record.image_id for record in store.list(limit=6)][5] == "img/00006.jpg"
 
 
-def test_a_killed_server_keeps_every_acknowledged_image(opened: Opener, milvus: WheelServer) -> None:
+def test_a_killed_server_keeps_every_acknowledged_image(opened: Opener, milvus: Server) -> None:
     items = random_items(2, 30, 100)
     opened().write(items)
     milvus.restart()
