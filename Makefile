@@ -17,7 +17,7 @@ check: $(VENV)/installed-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/yamllint --strict deploy .yamllint.yaml
+	$(BIN)/yamllint --strict --config-file deploy/yamllint.yaml deploy
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/standalone/compose.yaml
 	$(BIN)/hadolint deploy/Dockerfile
 

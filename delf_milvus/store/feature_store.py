@@ -69,9 +69,10 @@ class StoreStatus:
     backend: "Milvus Lite 3.2.2". uri: without secrets. collection: the name both collections start with; exists tells
     whether they do. images, features: rows. index_asked: the setting. index_used, index_params: what is built.
     substitute_for: the index that index_used stands in for because this backend lacks it, or "". index_state: as Milvus
-    says. indexed_rows, index_total_rows: how far it is built; what was written a moment ago is in neither. memory_bytes:
-    an estimate for the loaded features. fingerprint: of the model that filled the collection. fields: declarations of the fields
-    that a search can be filtered by. tenant_field: the one that keeps tenants apart, or "". pymilvus: its version.
+    says. indexed_rows, index_total_rows: how far it is built; what was written a moment ago is in neither.
+    memory_bytes: an estimate for the loaded features. fingerprint: of the model that filled the collection. fields:
+    declarations of the fields that a search can be filtered by. tenant_field: the one that keeps tenants apart, or "".
+    pymilvus: its version.
     """
 
     backend: str
