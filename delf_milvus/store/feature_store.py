@@ -31,7 +31,9 @@ from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.features import MAX_FEATURES, ORDINAL_BITS, Features, Fingerprint, Float32Array
 from delf_milvus.settings import StoreSettings
 from delf_milvus.store import connection, records, schema
+from delf_milvus.store.bulk import BulkImport
 from delf_milvus.store.codec import chunks_needed
+from delf_milvus.store.columns import METADATA, Columns, joined, length, slices, write_columns
 from delf_milvus.store.connection import Connection, NotLoadedError
 from delf_milvus.store.keys import Int64Array, feature_keys, image_key
 from delf_milvus.store.profiles import INDEX_FROM, METRIC, IndexProfile, choose, search_params
@@ -123,6 +125,7 @@ class FeatureStore:
         self._index = _Index("", {}, "")
         self._ready = False
         self._written = False
+        self._bulk = BulkImport(database, self._features, settings)
 
     @classmethod
     def open(
@@ -203,28 +206,37 @@ class FeatureStore:
         with self._db.write_lock:
             facts = self._created()
             fingerprint = facts.fingerprint
-            complete: dict[int, tuple[ImageRecord, Features]] = {}
+            image_rows: dict[int, Row] = {}
+            columns: dict[int, Columns] = {}
             for record, features in latest.values():
                 if features.dim != fingerprint.dim:
                     raise CollectionError(
                         f"Image {record.image_id!r} has descriptors of {features.dim} components, the collection "
                         f"{self._collection!r} of {fingerprint.dim}: use the model that it was made with."
                     )
-                _check_collision(complete.get(record.key), record)
-                complete[record.key] = (records.completed(record, features, fingerprint), features)
-            image_rows = [records.image_row(record, features, facts.chunks) for record, features in complete.values()]
-            stored = self._rows(list(complete), ("image_id", "feature_count"))
-            for key, row in stored.items():
-                _check_collision((ImageRecord(row["image_id"]), None), complete[key][0])
-            leftovers = self._leftovers(complete, stored)
+                _check_collision(image_rows.get(record.key), record.image_id)
+                complete = records.completed(record, features, fingerprint)
+                image_rows[record.key] = records.image_row(complete, features, facts.chunks)
+                columns[record.key] = records.feature_columns(record.key, features)
+            self._replace(image_rows, columns)
+            self._write_images(list(image_rows.values()))
 
-            self._written = True
-            self._delete_rows(self._images, list(stored))
-            self._write_features(complete)
-            self._delete_rows(self._features, leftovers)
-            sizes = [sum(len(str(value)) for value in row.values()) for row in image_rows]
-            for batch in records.batches(image_rows, sizes, self._settings.batch_bytes):
-                self._write_rows(self._images, batch)
+    def _replace(self, image_rows: Mapping[int, Row], columns: Mapping[int, Columns], *, settle: bool = True) -> None:
+        """The steps of `write` up to, but without, the images' rows, for these images by key.
+
+        settle: wait for imports of files. Without it, `_bulk.finish` must come before the images' rows.
+        """
+        self._bulk.recover()
+        stored = self._rows(list(image_rows), ("image_id", "feature_count"))
+        for key, row in stored.items():
+            _check_collision(row, image_rows[key]["image_id"])
+        leftovers = self._leftovers(columns, stored)
+        self._written = True
+        self._delete_rows(self._images, list(stored))
+        self._write_features(columns, stored)
+        self._delete_rows(self._features, leftovers)
+        if settle:
+            self._bulk.finish()
 
     def describe(self, changed: Sequence[ImageRecord]) -> None:
         """Rewrite uri, root and metadata of stored images; their features stay. Ids that are not stored are left out.
@@ -243,9 +255,7 @@ class FeatureStore:
                 found = self._rows(list(batch), fields)
                 rows = [records.described(row, batch[key]) for key, row in found.items()]
                 self._written = self._written or bool(rows)
-                sizes = [sum(len(str(value)) for value in row.values()) for row in rows]
-                for part in records.batches(rows, sizes, self._settings.batch_bytes):
-                    self._write_rows(self._images, part)
+                self._write_images(rows)
 
     def delete(self, image_ids: Iterable[str]) -> Ids:
         """Delete images: their rows first, then their features. Returns the ids that existed, in the given order."""
@@ -260,7 +270,7 @@ class FeatureStore:
     def records(self, image_ids: Iterable[str]) -> dict[str, ImageRecord]:
         """The records of those of the ids that exist, by id, in the given order."""
         wanted = {image_key(image_id): image_id for image_id in image_ids}
-        rows = self._rows(list(wanted), (*records.RECORD_FIELDS, records.METADATA))
+        rows = self._rows(list(wanted), (*records.RECORD_FIELDS, METADATA))
         found = ((image_id, rows[key]) for key, image_id in wanted.items() if key in rows)
         return {image_id: records.record_of(row) for image_id, row in found if row["image_id"] == image_id}
 
@@ -301,7 +311,7 @@ class FeatureStore:
         if facts is None:
             return {}
         wanted = [int(key) for key in image_keys]
-        fields = (*records.RECORD_FIELDS, records.METADATA, *schema.keypoint_fields(facts.chunks))
+        fields = (*records.RECORD_FIELDS, METADATA, *schema.keypoint_fields(facts.chunks))
         rows = self._rows(wanted, fields, _SESSION)
         return {
             key: (records.record_of(rows[key]), records.features_of(rows[key], facts.chunks))
@@ -606,12 +616,12 @@ class FeatureStore:
         )
         return int(rows[0]["count(*)"])
 
-    def _leftovers(self, written: Mapping[int, tuple[ImageRecord, Features]], stored: Mapping[int, Row]) -> Keys:
+    def _leftovers(self, written: Mapping[int, Columns], stored: Mapping[int, Row]) -> Keys:
         """Keys of features, in rising order, that earlier versions of these images have beyond the new ones."""
         keys: list[npt.NDArray[np.int64]] = []
         unknown: dict[int, int] = {}
-        for key, (_, features) in written.items():
-            count = len(features)
+        for key, columns in written.items():
+            count = length(columns)
             if key in stored:
                 keys.append(feature_keys(key, max(count, int(stored[key]["feature_count"])), count))
             elif count < MAX_FEATURES:
@@ -620,19 +630,30 @@ class FeatureStore:
         keys.extend(feature_keys(first >> ORDINAL_BITS, MAX_FEATURES, unknown[first]) for first in found)
         return np.concatenate(keys).tolist() if keys else []
 
-    def _write_features(self, written: Mapping[int, tuple[ImageRecord, Features]]) -> None:
-        rows = [row for key, (_, features) in written.items() for row in records.feature_rows(key, features)]
-        if rows:
-            size = 4 * len(rows[0]["descriptor"]) + 64
-            for batch in records.batches(rows, [size] * len(rows), self._settings.batch_bytes):
-                self._write_rows(self._features, batch)
+    def _write_features(self, written: Mapping[int, Columns], stored: Mapping[int, Row]) -> None:
+        """As files where they are many and new, else as messages."""
+        parts = {key: columns for key, columns in written.items() if length(columns)}
+        dim = self._facts.fingerprint.dim if self._facts else 1
+        spec = schema.features_spec(dim)
+        if self._bulk.enabled and sum(map(length, parts.values())) >= self._settings.bulk_from:
+            # An import replaces nothing: it takes images without any feature, which would be the one of ordinal 0.
+            first = {int(parts[key]["feature_key"][0]): key for key in parts if key not in stored}
+            there = self._by_key(self._features, "feature_key", list(first), (), _STRONG)
+            new = sorted(key for feature, key in first.items() if feature not in there)
+            if sum(length(parts[key]) for key in new) >= self._settings.bulk_from:
+                self._bulk.start(spec, joined([parts.pop(key) for key in new]))
+        if parts:
+            for batch in slices(joined(list(parts.values())), self._settings.batch_bytes):
+                write_columns(self._db, self._features, spec, batch, self._settings.timeout)
 
-    def _write_rows(self, name: str, rows: Sequence[Row]) -> None:
-        """Write whole rows, replacing those of the same key."""
-        # On Milvus Lite the newest row of a key wins however it was written; its upsert looks for each old row first.
-        write = self._client.insert if self._db.backend == "lite" else self._client.upsert
-        with self._db.asking("writing"):
-            write(name, list(rows), timeout=self._settings.timeout)
+    def _write_images(self, rows: Sequence[Row]) -> None:
+        if self._facts is None:
+            return
+        spec = schema.images_spec(self._facts.fingerprint.dim, self._facts.chunks)
+        sizes = [sum(len(str(value)) for value in row.values()) for row in rows]
+        for batch in records.batches(rows, sizes, self._settings.batch_bytes):
+            columns = records.image_columns(batch, spec)
+            write_columns(self._db, self._images, spec, columns, self._settings.timeout)
 
     def _delete_rows(self, name: str, keys: Sequence[int]) -> None:
         """Delete by primary key, the last ones first."""
@@ -646,10 +667,10 @@ def _check_name(collection: str) -> None:
         raise UsageError(f"{collection!r} cannot name a collection: use at most 200 letters, digits and underscores.")
 
 
-def _check_collision(earlier: tuple[ImageRecord, Any] | None, record: ImageRecord) -> None:
-    if earlier is not None and earlier[0].image_id != record.image_id:
+def _check_collision(earlier: Row | None, image_id: str) -> None:
+    if earlier is not None and earlier["image_id"] != image_id:
         raise DatabaseError(
-            f"The ids {earlier[0].image_id!r} and {record.image_id!r} happen to have the same key: rename one of them."
+            f"The ids {earlier['image_id']!r} and {image_id!r} happen to have the same key: rename one of them."
         )
 
 

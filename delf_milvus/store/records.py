@@ -17,14 +17,19 @@ import numpy as np
 from delf_milvus.errors import CollectionError, DatabaseError, InputError
 from delf_milvus.features import Features, Fingerprint, Float32Array
 from delf_milvus.store.codec import pack, split, unpack
+from delf_milvus.store.columns import METADATA, Columns
 from delf_milvus.store.keys import feature_keys, image_key
-from delf_milvus.store.schema import MAX_ID_BYTES, MAX_METADATA_BYTES, MAX_URI_BYTES, images_spec, keypoint_fields
+from delf_milvus.store.schema import (
+    MAX_ID_BYTES,
+    MAX_METADATA_BYTES,
+    MAX_URI_BYTES,
+    CollectionSpec,
+    images_spec,
+    keypoint_fields,
+)
 
 Row = dict[str, Any]
 """One row as pymilvus takes and gives it."""
-
-METADATA = "$meta"
-"""Output field that stands for all dynamic fields."""
 
 RECORD_FIELDS = (
     "image_id",
@@ -154,29 +159,31 @@ def image_row(record: ImageRecord, features: Features, chunks: int) -> Row:
     return row
 
 
-def feature_rows(key: int, features: Features) -> list[Row]:
+def image_columns(rows: Sequence[Row], spec: CollectionSpec) -> Columns:
+    """Rows of the images collection, at least one, by column; their free metadata as JSON."""
+    columns: Columns = {}
+    for one in spec.fields:
+        values = [row[one.name] for row in rows]
+        kind = {"INT64": np.int64, "FLOAT_VECTOR": np.float32}.get(one.type, object)
+        columns[one.name] = np.array(values, dtype=kind)
+    declared = {one.name for one in spec.fields}
+    free = [{name: value for name, value in row.items() if name not in declared} for row in rows]
+    columns[METADATA] = np.array([json.dumps(one, allow_nan=False) for one in free], dtype=object)
+    return columns
+
+
+def feature_columns(key: int, features: Features) -> Columns:
     """One row for each feature, in falling attention."""
-    columns = zip(
-        feature_keys(key, len(features)).tolist(),
-        features.descriptors,
-        features.locations[:, 0].tolist(),
-        features.locations[:, 1].tolist(),
-        features.scales.tolist(),
-        features.attention.tolist(),
-        strict=True,
-    )
-    return [
-        {
-            "feature_key": feature,
-            "descriptor": descriptor,
-            "image_key": key,
-            "x": x,
-            "y": y,
-            "scale": scale,
-            "attention": attention,
-        }
-        for feature, descriptor, x, y, scale, attention in columns
-    ]
+    count = len(features)
+    return {
+        "feature_key": feature_keys(key, count),
+        "descriptor": features.descriptors,
+        "image_key": np.full(count, key, np.int64),
+        "x": features.locations[:, 0],
+        "y": features.locations[:, 1],
+        "scale": features.scales,
+        "attention": features.attention,
+    }
 
 
 def record_of(row: Row) -> ImageRecord:
