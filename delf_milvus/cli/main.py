@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from delf_milvus.cli import config, ingest, manage, search, train
+from delf_milvus.cli import config, data, ingest, manage, search, train
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
@@ -32,6 +32,8 @@ app.command("search")(search.search)
 app.command("match")(search.match)
 for command in (manage.status, manage.list_images, manage.show, manage.delete):
     app.command(command.__name__.removesuffix("_images"))(command)
+app.command("export")(data.export)
+app.command("import")(data.import_)
 app.add_typer(config.app, name="config")
 app.add_typer(train.app, name="train")
 

@@ -52,6 +52,7 @@ PADDING_SIMILARITY = -1.0
 _QUERIES = 16384
 _HITS = 1_000_000
 _KEYS = 1000
+_FEATURE_KEYS = 10_000
 _PAGE = 10000
 _DESCRIBED = 100
 _BUILD_SECONDS = 6 * 3600.0
@@ -238,6 +239,84 @@ class FeatureStore:
         if settle:
             self._bulk.finish()
 
+    def prepare(self, made: CollectionFacts) -> None:
+        """Create the collections for rows of another one with these facts, or check that they can take such rows.
+
+        Raises CollectionError where they were made by another model or for fewer features an image.
+        """
+        if self._fingerprint is not None and self._fingerprint != made.fingerprint:
+            raise CollectionError(_other_model("what is to be imported", made.fingerprint, self._fingerprint))
+        with self._db.write_lock:
+            facts = self._created(made)
+        if facts.fingerprint != made.fingerprint:
+            raise CollectionError(_other_model("what is to be imported", made.fingerprint, facts.fingerprint))
+        if facts.chunks < made.chunks:
+            raise CollectionError(
+                f"The collection {self._collection!r} was made for fewer features an image than what is to be "
+                "imported: import into a new collection with --collection."
+            )
+
+    @property
+    def facts(self) -> CollectionFacts | None:
+        """What the collections were made for; None while they do not exist."""
+        return self._attach()
+
+    @property
+    def imports_files(self) -> bool:
+        """Whether large writes go through the server's bulk import."""
+        return self._bulk.enabled
+
+    def restore(self, image_rows: Mapping[int, Row], columns: Mapping[int, Columns], *, now: bool = True) -> None:
+        """Store images as they are, by key: their rows, and the columns of their features in rising ordinals.
+
+        The caller has checked them. The steps are those of `write`. Not `now`: the images do not exist before `settle`
+        and then `restore_rows`, so that one wait for imports of files serves any number of calls.
+        """
+        with self._db.write_lock:
+            self._replace(image_rows, columns, settle=now)
+            if now:
+                self._write_images(list(image_rows.values()))
+
+    def settle(self) -> None:
+        """Wait until all features of earlier calls of `restore` can be found."""
+        with self._db.write_lock:
+            self._bulk.finish()
+
+    def restore_rows(self, image_rows: Sequence[Row]) -> None:
+        """Write the rows of images whose features are there."""
+        with self._db.write_lock:
+            self._write_images(image_rows)
+
+    def ids(self, prefix: str = "") -> Ids:
+        """The ids of all images that start so, in order."""
+        return sorted(row["image_id"] for row in self._scan(" and ".join(_starting(prefix))))
+
+    def rows(self, image_keys: Sequence[int]) -> dict[int, Row]:
+        """Whole rows of those of the images that exist, by key."""
+        facts = self._attach()
+        if facts is None:
+            return {}
+        fields = [one.name for one in schema.images_spec(facts.fingerprint.dim, facts.chunks).fields]
+        return self._rows(image_keys, (*fields, METADATA))
+
+    def feature_columns(self, counts: Mapping[int, int]) -> Columns:
+        """All features of images, given as feature counts by key: in that order, in rising ordinals.
+
+        Raises DatabaseError where one has not all of them.
+        """
+        facts = self._attach()
+        spec = schema.features_spec(facts.fingerprint.dim if facts else 1)
+        keys = np.concatenate([feature_keys(key, count) for key, count in counts.items()] or [np.empty(0, np.int64)])
+        fields = [one.name for one in spec.fields if not one.primary]
+        found = self._by_key(self._features, "feature_key", keys.tolist(), fields, _STRONG, _FEATURE_KEYS)
+        if len(found) < len(keys):
+            missing = next(key for key in keys.tolist() if key not in found) >> ORDINAL_BITS
+            raise DatabaseError(
+                f"Features of the image with key {missing} are missing: was it written meanwhile? Try again, and "
+                "ingest it again if that does not help."
+            )
+        return records.columns_of(spec, [found[key] for key in keys.tolist()])
+
     def describe(self, changed: Sequence[ImageRecord]) -> None:
         """Rewrite uri, root and metadata of stored images; their features stay. Ids that are not stored are left out.
 
@@ -392,11 +471,7 @@ class FeatureStore:
         prefix: only ids that start so. limit: at most so many. root: only images ingested from this folder. after: only
         ids beyond this one, to go on from an earlier listing. Memory holds one id for each image that is listed.
         """
-        conditions = []
-        if prefix:
-            # A range, because the wildcards of `like` cannot be escaped on every version.
-            end = prefix + chr(0x10FFFF)
-            conditions.append(f"image_id >= {records.quoted(prefix)} and image_id <= {records.quoted(end)}")
+        conditions = _starting(prefix)
         if root is not None:
             conditions.append(f"root == {records.quoted(root)}")
         if after:
@@ -444,19 +519,20 @@ class FeatureStore:
             )
         return facts
 
-    def _created(self) -> CollectionFacts:
-        """The facts of the collections, which are created where they are absent."""
+    def _created(self, made: CollectionFacts | None = None) -> CollectionFacts:
+        """The facts of the collections, which are created where they are absent, as `made` says or for the model."""
         facts = self._attach()
         if facts is not None:
             return facts
         with self._state_lock:
-            fingerprint = self._facts.fingerprint if self._facts else self._fingerprint
-            if fingerprint is None:
-                raise UsageError(f"There is no collection {self._collection!r} yet, and no model to create it for.")
-            chunks = self._facts.chunks if self._facts else chunks_needed(self._max_features, fingerprint.dim)
-            made = CollectionFacts(fingerprint, chunks)
-            self._create(self._features, schema.features_spec(fingerprint.dim), made, self._profile(0))
-            self._create(self._images, schema.images_spec(fingerprint.dim, chunks), made, _FLAT)
+            made = self._facts or made
+            if made is None:
+                if self._fingerprint is None:
+                    raise UsageError(f"There is no collection {self._collection!r} yet, and no model to create it for.")
+                made = CollectionFacts(self._fingerprint, chunks_needed(self._max_features, self._fingerprint.dim))
+            dim = made.fingerprint.dim
+            self._create(self._features, schema.features_spec(dim), made, self._profile(0))
+            self._create(self._images, schema.images_spec(dim, made.chunks), made, _FLAT)
             facts = self._attach()
         if facts is None:
             raise CollectionError(f"The collection {self._collection!r} vanished while it was created; try again.")
@@ -570,15 +646,21 @@ class FeatureStore:
         return self._by_key(self._images, "image_key", keys, fields, consistency)
 
     def _by_key(
-        self, name: str, primary: str, keys: Sequence[int], fields: Sequence[str], consistency: str
+        self,
+        name: str,
+        primary: str,
+        keys: Sequence[int],
+        fields: Sequence[str],
+        consistency: str,
+        step: int = _KEYS,
     ) -> dict[int, Row]:
         found: dict[int, Row] = {}
-        for start in range(0, len(keys), _KEYS):
+        for start in range(0, len(keys), step):
             rows = self._reading(
                 "reading images",
                 self._client.get,
                 name,
-                ids=list(keys[start : start + _KEYS]),
+                ids=list(keys[start : start + step]),
                 output_fields=[primary, *fields],
                 consistency_level=consistency,
             )
@@ -672,6 +754,21 @@ def _check_collision(earlier: Row | None, image_id: str) -> None:
         raise DatabaseError(
             f"The ids {earlier['image_id']!r} and {image_id!r} happen to have the same key: rename one of them."
         )
+
+
+def _starting(prefix: str) -> list[str]:
+    """The condition that an id starts so, if there is any: a range, because not every version can escape `like`."""
+    if not prefix:
+        return []
+    end = prefix + chr(0x10FFFF)
+    return [f"image_id >= {records.quoted(prefix)} and image_id <= {records.quoted(end)}"]
+
+
+def _other_model(what: str, theirs: Fingerprint, ours: Fingerprint) -> str:
+    differences = "; ".join(theirs.differences(ours))
+    return (
+        f"The model of {what} is another one ({differences}): use a new collection, or the settings it was made with."
+    )
 
 
 def _absent(collection: str, where: str) -> str:

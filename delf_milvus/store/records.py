@@ -159,13 +159,19 @@ def image_row(record: ImageRecord, features: Features, chunks: int) -> Row:
     return row
 
 
-def image_columns(rows: Sequence[Row], spec: CollectionSpec) -> Columns:
-    """Rows of the images collection, at least one, by column; their free metadata as JSON."""
+def columns_of(spec: CollectionSpec, rows: Sequence[Row]) -> Columns:
+    """The declared fields of rows by column."""
     columns: Columns = {}
     for one in spec.fields:
-        values = [row[one.name] for row in rows]
-        kind = {"INT64": np.int64, "FLOAT_VECTOR": np.float32}.get(one.type, object)
-        columns[one.name] = np.array(values, dtype=kind)
+        kind = {"INT64": np.int64, "FLOAT": np.float32, "FLOAT_VECTOR": np.float32}.get(one.type, object)
+        values = np.array([row[one.name] for row in rows], dtype=kind)
+        columns[one.name] = values.reshape(len(rows), one.size) if one.type == "FLOAT_VECTOR" else values
+    return columns
+
+
+def image_columns(rows: Sequence[Row], spec: CollectionSpec) -> Columns:
+    """Rows of the images collection, at least one, by column; their free metadata as JSON."""
+    columns = columns_of(spec, rows)
     declared = {one.name for one in spec.fields}
     free = [{name: value for name, value in row.items() if name not in declared} for row in rows]
     columns[METADATA] = np.array([json.dumps(one, allow_nan=False) for one in free], dtype=object)

@@ -3,8 +3,8 @@
     python tests/benchmarks/moving.py --images 1000
     python tests/benchmarks/moving.py --uri http://localhost:19530 --storage /mnt/milvus --path /var/lib/milvus/shared
 
-Without --uri the test suite's own server is started. "raw" is pymilvus with the same feature arrays and nothing else, up
-to where every row can be found; "ours" is `FeatureStore.write`, which also packs and writes the images' rows. Ratios
+Without --uri the test suite's own server is started. "raw" is pymilvus with the same feature arrays and nothing else,
+up to where every row can be found; "ours" is `FeatureStore.write`, which also packs and writes the images' rows. Ratios
 count: the machine that runs this runs the server too.
 """
 
