@@ -53,7 +53,9 @@ def main() -> None:
     items = [(ImageRecord(f"i/{n:06}.jpg"), random_features(rng, 1000, DIM)) for n in range(options.images)]
     columns = joined([records.feature_columns(record.key, features) for record, features in items])
     with tempfile.TemporaryDirectory() as work:
-        server = None if options.uri else WheelServer(Path(work) / "milvus")
+        home = Path(work) / "milvus"
+        home.mkdir()
+        server = None if options.uri else WheelServer(home)
         try:
             uri = options.uri or (server.uri if server else "")
             storage = options.storage or str(server.storage / "stage" if server else "")
