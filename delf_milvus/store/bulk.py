@@ -40,7 +40,7 @@ _IN_FLIGHT = 2
 _ABANDONED = timedelta(days=2)
 _PREFIX = "delf-milvus-"
 _PARQUET_FROM = (2, 4)
-_PROBES = 10_000
+_PROBES = 1000
 
 
 class BulkImport:

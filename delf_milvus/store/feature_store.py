@@ -189,7 +189,7 @@ class FeatureStore:
     def write(self, items: Sequence[tuple[ImageRecord, Features]]) -> None:
         """Store images with their features, replacing images of the same id; of an id given twice the last one counts.
 
-        Everything is checked and packed before anything is written. Then, so that a crash leaves no image half-visible:
+        Everything is checked before anything is written. Then, so that a crash leaves no image half-visible:
 
         1. delete the rows of images that exist already: from here on they do not exist,
         2. write the features, in rising ordinals,
@@ -207,37 +207,37 @@ class FeatureStore:
         with self._db.write_lock:
             facts = self._created()
             fingerprint = facts.fingerprint
-            image_rows: dict[int, Row] = {}
-            columns: dict[int, Columns] = {}
+            complete: dict[int, tuple[ImageRecord, Features]] = {}
             for record, features in latest.values():
                 if features.dim != fingerprint.dim:
                     raise CollectionError(
                         f"Image {record.image_id!r} has descriptors of {features.dim} components, the collection "
                         f"{self._collection!r} of {fingerprint.dim}: use the model that it was made with."
                     )
-                _check_collision(image_rows.get(record.key), record.image_id)
-                complete = records.completed(record, features, fingerprint)
-                image_rows[record.key] = records.image_row(complete, features, facts.chunks)
-                columns[record.key] = records.feature_columns(record.key, features)
-            self._replace(image_rows, columns)
-            self._write_images(list(image_rows.values()))
+                if record.key in complete:
+                    _check_collision(complete[record.key][0].image_id, record.image_id)
+                complete[record.key] = (records.completed(record, features, fingerprint), features)
+                if chunks_needed(len(features), fingerprint.dim) > facts.chunks:
+                    # It may fit all the same, but that must be known now.
+                    records.image_row(record, features, facts.chunks)
+            columns = {key: records.feature_columns(key, features) for key, (_, features) in complete.items()}
+            self._replace({key: record.image_id for key, (record, _) in complete.items()}, columns)
+            # Packed while the server imports.
+            rows = [records.image_row(record, features, facts.chunks) for record, features in complete.values()]
+            self._bulk.finish()
+            self._write_images(rows)
 
-    def _replace(self, image_rows: Mapping[int, Row], columns: Mapping[int, Columns], *, settle: bool = True) -> None:
-        """The steps of `write` up to, but without, the images' rows, for these images by key.
-
-        settle: wait for imports of files. Without it, `_bulk.finish` must come before the images' rows.
-        """
+    def _replace(self, ids: Mapping[int, str], columns: Mapping[int, Columns]) -> None:
+        """The first three steps of `write`, for these images by key; `_bulk.finish` comes before the fourth."""
         self._bulk.recover()
-        stored = self._rows(list(image_rows), ("image_id", "feature_count"))
+        stored = self._rows(list(ids), ("image_id", "feature_count"))
         for key, row in stored.items():
-            _check_collision(row, image_rows[key]["image_id"])
+            _check_collision(row["image_id"], ids[key])
         leftovers = self._leftovers(columns, stored)
         self._written = True
         self._delete_rows(self._images, list(stored))
         self._write_features(columns, stored)
         self._delete_rows(self._features, leftovers)
-        if settle:
-            self._bulk.finish()
 
     def prepare(self, made: CollectionFacts) -> None:
         """Create the collections for rows of another one with these facts, or check that they can take such rows.
@@ -273,8 +273,9 @@ class FeatureStore:
         and then `restore_rows`, so that one wait for imports of files serves any number of calls.
         """
         with self._db.write_lock:
-            self._replace(image_rows, columns, settle=now)
+            self._replace({key: row["image_id"] for key, row in image_rows.items()}, columns)
             if now:
+                self._bulk.finish()
                 self._write_images(list(image_rows.values()))
 
     def settle(self) -> None:
@@ -732,7 +733,8 @@ class FeatureStore:
         if self._facts is None:
             return
         spec = schema.images_spec(self._facts.fingerprint.dim, self._facts.chunks)
-        sizes = [sum(len(str(value)) for value in row.values()) for row in rows]
+        # An array's text would take longer than everything else here.
+        sizes = [sum(v.nbytes if isinstance(v, np.ndarray) else len(str(v)) for v in row.values()) for row in rows]
         for batch in records.batches(rows, sizes, self._settings.batch_bytes):
             columns = records.image_columns(batch, spec)
             write_columns(self._db, self._images, spec, columns, self._settings.timeout)
@@ -749,11 +751,9 @@ def _check_name(collection: str) -> None:
         raise UsageError(f"{collection!r} cannot name a collection: use at most 200 letters, digits and underscores.")
 
 
-def _check_collision(earlier: Row | None, image_id: str) -> None:
-    if earlier is not None and earlier["image_id"] != image_id:
-        raise DatabaseError(
-            f"The ids {earlier['image_id']!r} and {image_id!r} happen to have the same key: rename one of them."
-        )
+def _check_collision(earlier: str, image_id: str) -> None:
+    if earlier != image_id:
+        raise DatabaseError(f"The ids {earlier!r} and {image_id!r} happen to have the same key: rename one of them.")
 
 
 def _starting(prefix: str) -> list[str]:

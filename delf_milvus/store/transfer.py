@@ -8,7 +8,7 @@ made for. It is written last, so a folder without it is no export.
 Nothing of a folder is trusted: the manifest is checked against its schema, every file against the manifest, before the
 database is touched; and rows against each other before they are written. Nothing is ever executed (no pickle).
 
-Memory holds one group, one id for each image of the collection and, for imports through files, one batch of them.
+Memory holds one group or batch of images, with its features at most some 300 MB, and one id for each image.
 """
 
 from __future__ import annotations
@@ -46,9 +46,12 @@ _GROUP_FEATURES = 50_000
 _GROUP_IMAGES = 500
 _PART_FEATURES = 1_000_000
 _PART_IMAGES = 20_000
-_BATCH_BYTES = 256_000_000
+_BATCH_BYTES = 32_000_000
+_FILES_BYTES = 256_000_000
 _MOST_MANIFEST = 64_000_000
 _MOST_GROUP = 2_000_000_000
+_MOST_DIM = 32_768
+_MOST_CHUNKS = 64
 _FOOTER = 100_000_000
 _OURS = re.compile(r"\.?(images|features)-\d{5,7}\.parquet(\.partial)?|\.manifest\.json\.partial")
 _FREE = "metadata"
@@ -201,7 +204,7 @@ def import_collection(
     done = 0
     _tell(progress, done, manifest.images)
     dim = manifest.facts.fingerprint.dim
-    least = _BATCH_BYTES // (4 * dim + 64) if store.imports_files else 1
+    least = (_FILES_BYTES if store.imports_files else _BATCH_BYTES) // (4 * dim + 64)
     for batch in _batches(_read(folder, manifest, target.chunks, features=True), least):
         done += len(batch)
         wanted = {key: one for key, one in batch.items() if one.row["image_id"].startswith(prefix)}
@@ -252,6 +255,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{one_line(folder)} has schema version {manifest.facts.schema_version}, this program knows "
             f"{SCHEMA_VERSION}: import it with the version of delf-milvus that exported it."
         )
+    if not (1 <= manifest.facts.fingerprint.dim <= _MOST_DIM and 1 <= manifest.facts.chunks <= _MOST_CHUNKS):
+        raise InputError(f"{one_line(path)} is damaged: no collection has such descriptors or so many packed fields.")
     names = [one.file for part in manifest.parts for one in (part.images, part.features)]
     kinds = all(p.images.file.startswith("images") and p.features.file.startswith("features") for p in manifest.parts)
     sums = tuple(sum(getattr(part, kind).rows for part in manifest.parts) for kind in ("images", "features"))
