@@ -2,7 +2,9 @@
 
 The files go to a storage that both sides reach, `store.bulk_storage`: a folder of a file system that the server has too
 (it calls it `store.bulk_path`), or s3://bucket/prefix of the bucket that the server keeps its own data in. Each import
-has a folder of its own there, which is removed when the import has ended.
+has a folder of its own there, which is removed when the import has ended; one that a killed writer left goes with the
+first import after two days. Access to a bucket is told by the variables of the AWS tools (AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL and so on), never by settings of ours.
 
 What an import is not: it replaces nothing. A row whose key is there already is there twice afterwards. So
 
@@ -17,6 +19,8 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -41,6 +45,7 @@ _ABANDONED = timedelta(days=2)
 _PREFIX = "delf-milvus-"
 _PARQUET_FROM = (2, 4)
 _PROBES = 1000
+"""Keys of an import that are looked for before it counts as loaded, spread over its rows."""
 
 
 class BulkImport:
@@ -97,17 +102,22 @@ class BulkImport:
         Returns while the server works. Raises UsageError for a storage that cannot be written, DatabaseError.
         """
         assert self._storage is not None, "recover comes first"
-        while len(self._running) >= _IN_FLIGHT:
-            self._wait()
+        with self._given_up():
+            while len(self._running) >= _IN_FLIGHT:
+                self._wait()
         folder, paths = self._storage.put(self._prefix + uuid.uuid4().hex, spec, columns, self._as_parquet)
-        with self._db.asking("starting an import"):
-            task = self._handler.do_bulk_insert(
-                self._name, "", paths, timeout=self._settings.timeout, context=self._context
-            )
+        try:
+            with self._db.asking("starting an import"):
+                task = self._handler.do_bulk_insert(
+                    self._name, "", paths, timeout=self._settings.timeout, context=self._context
+                )
+        except DatabaseError:
+            self._storage.remove(folder)
+            raise
         self._running[int(task)] = folder
         self._primary = next(field.name for field in spec.fields if field.primary)
         keys = columns[self._primary]
-        self._probes.append(np.append(keys[:: max(1, len(keys) // _PROBES)], keys[-1:]))
+        self._probes.append(np.append(keys[:: len(keys) // _PROBES + 1], keys[-1:]))
 
     def finish(self) -> None:
         """Wait until the rows of all imports that were started can be found.
@@ -116,17 +126,25 @@ class BulkImport:
         """
         if not self._probes:
             return
-        while self._running:
-            self._wait()
-        self._refresh()
-        deadline = time.monotonic() + self._settings.bulk_timeout
-        for probes in self._probes:
-            for start in range(0, len(probes), 1000):
-                part = probes[start : start + 1000].tolist()
-                while not self._found(part):
+        with self._given_up():
+            while self._running:
+                self._wait()
+            self._refresh()
+            deadline = time.monotonic() + self._settings.bulk_timeout
+            for probes in self._probes:
+                while not self._found(probes.tolist()):
                     self._check(deadline, "loading of what it imported")
                     time.sleep(_POLL_SECONDS)
         self._probes = []
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """Around waiting: a failure leaves what the next write has to recover from, as after a killed writer."""
+        try:
+            yield
+        except BaseException:
+            self._running, self._probes, self._recovered = {}, [], False
+            raise
 
     @property
     def _prefix(self) -> str:

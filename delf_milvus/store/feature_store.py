@@ -53,6 +53,7 @@ _QUERIES = 16384
 _HITS = 1_000_000
 _KEYS = 1000
 _FEATURE_KEYS = 10_000
+_FEATURE_BYTES = 30_000_000
 _PAGE = 10000
 _DESCRIBED = 100
 _BUILD_SECONDS = 6 * 3600.0
@@ -309,7 +310,8 @@ class FeatureStore:
         spec = schema.features_spec(facts.fingerprint.dim if facts else 1)
         keys = np.concatenate([feature_keys(key, count) for key, count in counts.items()] or [np.empty(0, np.int64)])
         fields = [one.name for one in spec.fields if not one.primary]
-        found = self._by_key(self._features, "feature_key", keys.tolist(), fields, _STRONG, _FEATURE_KEYS)
+        step = min(_FEATURE_KEYS, max(1, _FEATURE_BYTES // (4 * (facts.fingerprint.dim if facts else 1) + 64)))
+        found = self._by_key(self._features, "feature_key", keys.tolist(), fields, _STRONG, step)
         if len(found) < len(keys):
             missing = next(key for key in keys.tolist() if key not in found) >> ORDINAL_BITS
             raise DatabaseError(

@@ -1,9 +1,9 @@
 """A whole collection as a folder of Parquet files, and back: backup, restore, moves between Milvus Lite and servers.
 
-Layout: parts of two files each, images-00000.parquet with the images' rows (free metadata as JSON text) and
-features-00000.parquet with the rows of their features, in the same order and in as many row groups: group i of the one
-belongs to group i of the other. manifest.json names every file with its size and SHA-256, and what the collection was
-made for. It is written last, so a folder without it is no export.
+Layout: parts of two files each, images-00000.parquet with the images' rows in the order of their ids (free metadata as
+JSON text) and features-00000.parquet with the rows of their features, in the same order and in as many row groups:
+group i of the one belongs to group i of the other. manifest.json names every file with its size and SHA-256, and what
+the collection was made for. It is written last, so a folder without it is no export.
 
 Nothing of a folder is trusted: the manifest is checked against its schema, every file against the manifest, before the
 database is touched; and rows against each other before they are written. Nothing is ever executed (no pickle).
@@ -435,6 +435,7 @@ def _read(folder: Path, manifest: Manifest, chunks: int, *, features: bool) -> I
     """
     dim = manifest.facts.fingerprint.dim
     image_spec, feature_spec = images_spec(dim, manifest.facts.chunks), features_spec(dim)
+    last = ""
     for part in manifest.parts:
         path = folder / part.images.file
         with _opened(path) as images, _opened(folder / part.features.file) as rest:
@@ -443,7 +444,8 @@ def _read(folder: Path, manifest: Manifest, chunks: int, *, features: bool) -> I
                     table = images.read_row_group(group)
                     rows = _rows(from_table(image_spec, table), table.column(_FREE).to_pylist())
                     columns = from_table(feature_spec, rest.read_row_group(group)) if features else {}
-                    found = _checked(rows, columns, manifest.facts, chunks)
+                    found = _checked(rows, columns, manifest.facts, chunks, last)
+                last = rows[-1]["image_id"] if rows else last
                 yield found
 
 
@@ -467,15 +469,23 @@ def _rows(columns: Columns, free: Sequence[str]) -> list[Row]:
     ]
 
 
-def _checked(rows: Sequence[Row], columns: Columns, facts: CollectionFacts, chunks: int) -> dict[int, _Image]:
-    """The images with their own features; raises ValueError or InputError for rows that do not belong together."""
+def _checked(
+    rows: Sequence[Row], columns: Columns, facts: CollectionFacts, chunks: int, last: str
+) -> dict[int, _Image]:
+    """The images with their own features, for ids that rise from `last`, so that none comes twice.
+
+    Raises ValueError or InputError for rows that do not belong together.
+    """
     found: dict[int, _Image] = {}
     start = 0
     for row in rows:
         record = records.record_of(row)
         records.checked(record)
         key, count = int(row["image_key"]), int(row["feature_count"])
-        if key != record.key or key in found or not 0 <= key < 1 << IMAGE_KEY_BITS or not 0 <= count <= MAX_FEATURES:
+        if record.image_id <= last:
+            raise ValueError("its images are not in the order of their ids")
+        last = record.image_id
+        if key != record.key or not 0 <= key < 1 << IMAGE_KEY_BITS or not 0 <= count <= MAX_FEATURES:
             raise ValueError(f"the key or the feature count of image {record.image_id!r} is wrong")
         text = "".join(row.pop(name) for name in keypoint_fields(facts.chunks))
         packed = unpack(text)

@@ -297,7 +297,11 @@ def rewritten(folder: Path, name: str, change: Callable[[pa.Table], pa.Table]) -
     """Another table under a name, the manifest made to agree with it: what only the rows can give away."""
     kind = name.partition("-")[0]
     parquet.write_table(change(parquet.read_table(folder / name)), folder / name)
-    described = {"bytes": (folder / name).stat().st_size, "sha256": transfer._digest(folder / name)}
+    described = {
+        "rows": parquet.read_metadata(folder / name).num_rows,
+        "bytes": (folder / name).stat().st_size,
+        "sha256": transfer._digest(folder / name),
+    }
     edited(folder, lambda manifest: manifest["parts"][0][kind].update(described))
 
 
@@ -354,6 +358,11 @@ BEFORE_ANYTHING: dict[str, Callable[[Path], object]] = {
 
 BY_ITS_ROWS: dict[str, Callable[[Path], object]] = {
     "features of another image": lambda folder: rewritten(folder, FEATURES, shuffled),
+    "image twice": lambda folder: (
+        rewritten(folder, IMAGES, lambda table: pa.concat_tables([table.slice(0, 1), table.slice(0, 1)])),
+        rewritten(folder, FEATURES, lambda table: pa.concat_tables([table.slice(0, 100), table.slice(0, 100)])),
+        edited(folder, lambda m: m.update(images=2, features=200)),
+    ),
     "not finite": lambda folder: rewritten(folder, FEATURES, with_column("x", lambda x: [float("nan"), *x[1:]])),
     "not of unit norm": lambda folder: rewritten(
         folder, FEATURES, with_column("descriptor", lambda d: [[5.0] * MODEL.dim, *d[1:]])
