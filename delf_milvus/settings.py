@@ -118,6 +118,13 @@ class StoreSettings(_Stage):
     )
     bulk_timeout: float = Field(3600.0, gt=0, description="Seconds before an import of files counts as failed.")
 
+    @field_validator("bulk_storage")
+    @classmethod
+    def _folder_or_bucket(cls, storage: str) -> str:
+        if "://" in storage and not re.fullmatch(r"s3://[^/]+(/.*)?", storage):
+            raise ValueError("give the path of a folder, or s3://bucket/prefix")
+        return storage
+
 
 class IngestSettings(_Stage):
     """How a folder becomes rows."""

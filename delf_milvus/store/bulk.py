@@ -229,7 +229,9 @@ class _Storage:
         except (ImportError, ValueError, OSError) as error:
             raise self._unusable(error) from None
         self._root = self._root.rstrip("/")
-        inside = self._root.partition("/")[2] if "://" in self._location else self._root
+        # In a bucket folders need no making, and asking for one would make the bucket.
+        self._local = "://" not in self._location
+        inside = self._root if self._local else self._root.partition("/")[2]
         self._seen_as = (settings.bulk_path or inside).rstrip("/")
 
     def put(self, name: str, spec: CollectionSpec, columns: Columns, parquet: bool) -> tuple[str, list[str]]:
@@ -237,7 +239,8 @@ class _Storage:
         folder = f"{self._root}/{name}"
         names = ["rows.parquet"] if parquet else [f"{field.name}.npy" for field in spec.fields]
         try:
-            self._files.makedirs(folder, exist_ok=True)
+            if self._local:
+                self._files.makedirs(folder, exist_ok=True)
             for one in names:
                 with self._files.open(f"{folder}/{one}", "wb") as file:
                     if parquet:
@@ -260,7 +263,7 @@ class _Storage:
     def tidy(self, prefix: str) -> None:
         """Remove what killed writers left long ago. Raises UsageError where the storage cannot be read."""
         try:
-            if "://" not in self._location and not self._files.isdir(self._root):
+            if self._local and not self._files.isdir(self._root):
                 raise NotADirectoryError("there is no such folder")
             self._files.invalidate_cache()
             found = (

@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000, help="of 1000 features each")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--parts", nargs="+", default=["bulk", "upserts", "backup"])
     parser.add_argument("--uri")
     parser.add_argument("--storage", help="folder that this machine and the server share")
     parser.add_argument("--path", default="", help="how the server calls it")
@@ -61,13 +62,13 @@ def main() -> None:
             storage = options.storage or str(server.storage / "stage" if server else "")
             Path(storage).mkdir(exist_ok=True)
             for _ in range(options.rounds):
-                measure(uri, storage, options.path, items, columns, Path(work))
+                measure(uri, storage, options.path, items, columns, Path(work), options.parts)
         finally:
             if server:
                 server.kill()
 
 
-def measure(uri: str, storage: str, path: str, items: Items, columns: Columns, work: Path) -> None:
+def measure(uri: str, storage: str, path: str, items: Items, columns: Columns, work: Path, parts: list[str]) -> None:
     rows = length(columns)
     client = MilvusClient(uri)
 
@@ -157,13 +158,16 @@ def measure(uri: str, storage: str, path: str, items: Items, columns: Columns, w
 
         return run
 
-    raw = timed("bulk import, raw .npy", raw_bulk)
-    timed("bulk import, ours", ours(bulk=True), raw)
-    raw = timed("upserts, raw row dictionaries", raw_upsert)
-    timed("upserts, ours", ours(bulk=False), raw)
-    timed("export", backup)
-    timed("import, bulk", restore(bulk=True))
-    timed("import, upserts", restore(bulk=False))
+    if "bulk" in parts:
+        raw = timed("bulk import, raw .npy", raw_bulk)
+        timed("bulk import, ours", ours(bulk=True), raw)
+    if "upserts" in parts:
+        raw = timed("upserts, raw row dictionaries", raw_upsert)
+        timed("upserts, ours", ours(bulk=False), raw)
+    if "backup" in parts:
+        timed("export", backup)
+        timed("import, bulk", restore(bulk=True))
+        timed("import, upserts", restore(bulk=False))
     client.close()
 
 

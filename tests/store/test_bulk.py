@@ -164,6 +164,12 @@ def test_a_storage_that_is_absent_is_one_sentence(opened: Opener, storage: Path)
     assert counted(store) == (0, 0)
 
 
+@pytest.mark.parametrize("location", ["gs://bucket/x", "http://host/x", "s3://", "s3:///x"])
+def test_storages_other_than_folders_and_buckets_are_refused(location: str) -> None:
+    with pytest.raises(ValueError, match="s3://bucket/prefix"):
+        StoreSettings(bulk_storage=location)
+
+
 def test_milvus_lite_imports_no_files(tmp_path: Path) -> None:
     settings = StoreSettings(bulk_storage=str(tmp_path / "absent"), bulk_from=1)
     with FeatureStore.open(str(tmp_path / "a.db"), "delf", MODEL, settings) as store:
