@@ -102,9 +102,8 @@ class BulkImport:
         Returns while the server works. Raises UsageError for a storage that cannot be written, DatabaseError.
         """
         assert self._storage is not None, "recover comes first"
-        with self._given_up():
-            while len(self._running) >= _IN_FLIGHT:
-                self._wait()
+        while len(self._running) >= _IN_FLIGHT:
+            self._wait()
         folder, paths = self._storage.put(self._prefix + uuid.uuid4().hex, spec, columns, self._as_parquet)
         try:
             with self._db.asking("starting an import"):
@@ -126,20 +125,19 @@ class BulkImport:
         """
         if not self._probes:
             return
-        with self._given_up():
-            while self._running:
-                self._wait()
-            self._refresh()
-            deadline = time.monotonic() + self._settings.bulk_timeout
-            for probes in self._probes:
-                while not self._found(probes.tolist()):
-                    self._check(deadline, "loading of what it imported")
-                    time.sleep(_POLL_SECONDS)
+        while self._running:
+            self._wait()
+        self._refresh()
+        deadline = time.monotonic() + self._settings.bulk_timeout
+        for probes in self._probes:
+            while not self._found(probes.tolist()):
+                self._check(deadline, "loading of what it imported")
+                time.sleep(_POLL_SECONDS)
         self._probes = []
 
     @contextmanager
-    def _given_up(self) -> Iterator[None]:
-        """Around waiting: a failure leaves what the next write has to recover from, as after a killed writer."""
+    def guarded(self) -> Iterator[None]:
+        """Around a write: one that fails leaves what the next has to recover from, as after a killed writer."""
         try:
             yield
         except BaseException:

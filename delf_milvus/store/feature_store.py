@@ -205,7 +205,7 @@ class FeatureStore:
             return
         for record, _ in latest.values():
             records.checked(record)
-        with self._db.write_lock:
+        with self._db.write_lock, self._bulk.guarded():
             facts = self._created()
             fingerprint = facts.fingerprint
             complete: dict[int, tuple[ImageRecord, Features]] = {}
@@ -273,7 +273,7 @@ class FeatureStore:
         The caller has checked them. The steps are those of `write`. Not `now`: the images do not exist before `settle`
         and then `restore_rows`, so that one wait for imports of files serves any number of calls.
         """
-        with self._db.write_lock:
+        with self._db.write_lock, self._bulk.guarded():
             self._replace({key: row["image_id"] for key, row in image_rows.items()}, columns)
             if now:
                 self._bulk.finish()
@@ -281,7 +281,7 @@ class FeatureStore:
 
     def settle(self) -> None:
         """Wait until all features of earlier calls of `restore` can be found."""
-        with self._db.write_lock:
+        with self._db.write_lock, self._bulk.guarded():
             self._bulk.finish()
 
     def restore_rows(self, image_rows: Sequence[Row]) -> None:

@@ -142,6 +142,22 @@ def test_a_writer_killed_during_an_import_leaves_no_image_and_the_next_one_no_du
 
 
 @pytest.mark.server
+def test_a_write_that_fails_after_its_import_began_is_made_good_by_the_next(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = random_items(1, 20, 100)
+    store = opened()
+    store.write(items[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk.BulkImport, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.write(items[1:])
+    assert store.count_images() == 1
+    store.write(items)
+    assert counted(store) == (20, 2000)
+
+
+@pytest.mark.server
 def test_a_storage_that_the_server_does_not_see_is_one_sentence_and_nothing_is_stored(
     opened: Opener, storage: Path
 ) -> None:
