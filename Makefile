@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format schemas clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py --out demo
@@ -24,6 +24,9 @@ check: $(VENV)/installed-check
 format: $(VENV)/installed-check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+schemas: $(VENV)/installed-test
+	$(BIN)/python -m delf_milvus.schemas schemas
 
 $(VENV)/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -30,6 +30,7 @@ from delf_milvus.store.filters import Filter
 from delf_milvus.store.fsck import FsckReport
 from delf_milvus.store.indexing import BuildProgress
 from delf_milvus.store.records import ImageRecord
+from delf_milvus.store.transfer import ExportReport, ImportReport, export_collection, import_collection
 from delf_milvus.store.upkeep import CompactionReport
 
 if TYPE_CHECKING:
@@ -258,6 +259,28 @@ class DelfIndex:
         if record is None:
             raise NotFoundError(f"No image {one_line(image_id)} is stored; `delf-milvus list` shows the ids.")
         return record
+
+    def export(
+        self, folder: str | Path, *, prefix: str = "", progress: Callable[[int, int], None] | None = None
+    ) -> ExportReport:
+        """Write the collection, or its images whose id starts with `prefix`, into a new folder of Parquet files.
+
+        progress: called with images done and images in all. Raises UsageError for a folder that holds other things,
+        InputError when it cannot be written, DatabaseError.
+        """
+        return export_collection(self._store, Path(folder), prefix=prefix, progress=progress)
+
+    def import_(
+        self, folder: str | Path, *, prefix: str = "", progress: Callable[[int, int], None] | None = None
+    ) -> ImportReport:
+        """Store what `export` wrote, replacing images of the same id; what is stored unchanged is left alone.
+
+        An index opened with `any_model` makes an absent collection for the exported model. Raises InputError for a
+        folder that is no whole export, CollectionError for another model, DatabaseError.
+        """
+        report = import_collection(self._store, Path(folder), prefix=prefix, progress=progress)
+        self._store.ensure_index()
+        return report
 
     def status(self) -> dict[str, Any]:
         """Database, collection, index and model, as plain values."""

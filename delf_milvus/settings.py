@@ -147,6 +147,24 @@ class StoreSettings(_Stage):
     batch_bytes: int = Field(
         8_000_000, ge=100_000, le=60_000_000, description="Bytes of one write; a message may have at most 64 MB."
     )
+    bulk_storage: str = Field(
+        "",
+        description="Folder, or s3://bucket/prefix, that the server reads too: large writes go as files. Empty: off.",
+    )
+    bulk_path: str = Field(
+        "", description="How the server calls bulk_storage. Empty: the same folder, or the prefix in its bucket."
+    )
+    bulk_from: int = Field(
+        500_000, ge=1, description="Feature rows from which a write goes as files; each such write waits ten seconds."
+    )
+    bulk_timeout: float = Field(3600.0, gt=0, description="Seconds before an import of files counts as failed.")
+
+    @field_validator("bulk_storage")
+    @classmethod
+    def _folder_or_bucket(cls, storage: str) -> str:
+        if "://" in storage and not re.fullmatch(r"s3://[^/]+(/.*)?", storage):
+            raise ValueError("give the path of a folder, or s3://bucket/prefix")
+        return storage
 
 
 class IngestSettings(_Stage):

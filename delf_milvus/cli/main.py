@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from delf_milvus.cli import config, index, ingest, manage, operate, search, train
+from delf_milvus.cli import config, data, index, ingest, manage, operate, search, train
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
@@ -36,6 +36,8 @@ for command in (manage.status, manage.list_images, manage.show, manage.delete):
 app.add_typer(index.app, name="index")
 for command in (operate.doctor, operate.fsck, operate.compact):
     app.command(command.__name__)(command)
+app.command("export")(data.export)
+app.command("import")(data.import_)
 app.add_typer(config.app, name="config")
 app.add_typer(train.app, name="train")
 

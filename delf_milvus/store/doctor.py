@@ -20,9 +20,10 @@ from delf_milvus.errors import DelfMilvusError
 from delf_milvus.features import Features, Fingerprint
 from delf_milvus.settings import StoreSettings
 from delf_milvus.store import connection, schema
+from delf_milvus.store.columns import length, write_columns
 from delf_milvus.store.connection import Connection
 from delf_milvus.store.profiles import METRIC, memory_bytes
-from delf_milvus.store.records import feature_rows
+from delf_milvus.store.records import feature_columns
 from delf_milvus.store.schema import CollectionFacts, CollectionSpec
 
 if TYPE_CHECKING:
@@ -150,9 +151,11 @@ def _permissions(database: Connection, collection: str, read_only: bool) -> Iter
             _create(database, scratch)
             after = time.time()
         doing = "write to"
-        rows = feature_rows(1, _random_features())
+        spec = schema.features_spec(_SCRATCH_DIM)
+        rows = feature_columns(1, _random_features(), spec, {})
+        written = length(rows)
         started = time.monotonic()
-        database.call("writing to a scratch collection", database.client.insert, scratch, rows)
+        write_columns(database, scratch, spec, rows)
         seconds = time.monotonic() - started
         doing = "read"
         found = database.call(
@@ -176,13 +179,13 @@ def _permissions(database: Connection, collection: str, read_only: bool) -> Iter
         for name in ("clock", "write speed"):
             yield Check(name, "skip", "needs a collection that can be written")
         return
-    if read == len(rows):
+    if read == written:
         yield Check("writing", "ok", "collections can be created, written, read and dropped")
     else:
-        yield Check("writing", "fail", f"{len(rows)} rows were written and {read} read", "look at the server's log")
+        yield Check("writing", "fail", f"{written} rows were written and {read} read", "look at the server's log")
     yield _clock(database, int(described.get("created_timestamp") or 0), before, after)
-    rate = len(rows) / seconds
-    shown = f"{rate:,.0f} feature rows a second, one call of {len(rows)}"
+    rate = written / seconds
+    shown = f"{rate:,.0f} feature rows a second, one call of {written}"
     if rate < _SLOW_ROWS:
         yield Check("write speed", "warn", shown, "look at the network and at the server's load and disks")
     else:

@@ -34,7 +34,9 @@ from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.features import MAX_FEATURES, ORDINAL_BITS, Features, Fingerprint, Float32Array
 from delf_milvus.settings import Profile, StoreSettings
 from delf_milvus.store import connection, records, schema, upkeep
+from delf_milvus.store.bulk import BulkImport
 from delf_milvus.store.codec import chunks_needed
+from delf_milvus.store.columns import METADATA, Columns, joined, length, slices, write_columns
 from delf_milvus.store.connection import Connection, NotLoadedError
 from delf_milvus.store.fields import declared
 from delf_milvus.store.filters import Filter, both, expression, quoted
@@ -44,7 +46,7 @@ from delf_milvus.store.indexing import NO_INDEX, Indexing, IndexStatus, Watcher
 from delf_milvus.store.keys import IMAGE_KEY_BITS, Int64Array, feature_keys, image_key
 from delf_milvus.store.profiles import INDEX_FROM, memory_bytes
 from delf_milvus.store.records import ImageRecord, Row
-from delf_milvus.store.schema import CollectionFacts, CollectionSpec, declared_fields, keypoint_fields
+from delf_milvus.store.schema import CollectionFacts, CollectionSpec, keypoint_fields
 from delf_milvus.store.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ Keys = list[int]
 _QUERIES = 16384
 _HITS = 1_000_000
 _KEYS = 1000
+_FEATURE_KEYS = 10_000
+_FEATURE_BYTES = 30_000_000
 _PAGE = 10000
 _DESCRIBED = 100
 _STRONG = "Strong"
@@ -132,6 +136,7 @@ class FeatureStore:
         self._loaded: set[str] = set()
         self._attached = False
         self._written = False
+        self._bulk = BulkImport(database, self._features, settings)
 
     @classmethod
     def open(
@@ -198,7 +203,7 @@ class FeatureStore:
     def write(self, items: Sequence[tuple[ImageRecord, Features]]) -> None:
         """Store images with their features, replacing images of the same id; of an id given twice the last one counts.
 
-        Everything is checked and packed before anything is written. Then, so that a crash leaves no image half-visible:
+        Everything is checked before anything is written. Then, so that a crash leaves no image half-visible:
 
         1. delete the rows of images that exist already: from here on they do not exist,
         2. write the features, in rising ordinals,
@@ -211,7 +216,7 @@ class FeatureStore:
         latest = {record.image_id: (self.typed(record), features) for record, features in items}
         if not latest:
             return
-        with self._db.write_lock:
+        with self._db.write_lock, self._bulk.guarded():
             facts = self._created()
             fingerprint = facts.fingerprint
             complete: dict[int, tuple[ImageRecord, Features]] = {}
@@ -221,19 +226,122 @@ class FeatureStore:
                         f"Image {record.image_id!r} has descriptors of {features.dim} components, the collection "
                         f"{self._collection!r} of {fingerprint.dim}: use the model that it was made with."
                     )
-                _check_collision(complete.get(record.key), record)
+                if record.key in complete:
+                    _check_collision(complete[record.key][0].image_id, record.image_id)
                 complete[record.key] = (records.completed(record, features, fingerprint), features)
-            image_rows = [records.image_row(record, features, facts.chunks) for record, features in complete.values()]
-            stored = self._rows(list(complete), ("image_id", "feature_count"))
-            for key, row in stored.items():
-                _check_collision((ImageRecord(row["image_id"]), None), complete[key][0])
-            leftovers = self._leftovers(complete, stored)
+                if chunks_needed(len(features), fingerprint.dim) > facts.chunks:
+                    # It may fit all the same, but that must be known now.
+                    records.image_row(record, features, facts.chunks)
+            columns = {
+                key: records.feature_columns(key, features, facts.features, record.metadata)
+                for key, (record, features) in complete.items()
+            }
+            self._replace({key: record.image_id for key, (record, _) in complete.items()}, columns)
+            # Packed while the server imports.
+            rows = [records.image_row(record, features, facts.chunks) for record, features in complete.values()]
+            self._bulk.finish()
+            self._write_images(rows)
 
-            self._written = True
-            self._delete_rows(self._images, list(stored))
-            self._write_features(complete, facts)
-            self._delete_rows(self._features, leftovers)
+    def _replace(self, ids: Mapping[int, str], columns: Mapping[int, Columns]) -> None:
+        """The first three steps of `write`, for these images by key; `_bulk.finish` comes before the fourth."""
+        self._bulk.recover()
+        stored = self._rows(list(ids), ("image_id", "feature_count"))
+        for key, row in stored.items():
+            _check_collision(row["image_id"], ids[key])
+        leftovers = self._leftovers(columns, stored)
+        self._written = True
+        self._delete_rows(self._images, list(stored))
+        self._write_features(columns, stored)
+        self._delete_rows(self._features, leftovers)
+
+    def prepare(self, made: CollectionFacts) -> None:
+        """Create the collections for rows of another one with these facts, or check that they can take such rows.
+
+        Raises CollectionError where they were made by another model or for fewer features an image.
+        """
+        if self._fingerprint is not None and self._fingerprint != made.fingerprint:
+            raise CollectionError(_other_model("what is to be imported", made.fingerprint, self._fingerprint))
+        with self._db.write_lock:
+            facts = self._created(made)
+        if facts.fingerprint != made.fingerprint:
+            raise CollectionError(_other_model("what is to be imported", made.fingerprint, facts.fingerprint))
+        if (facts.declared, facts.tenant_field) != (made.declared, made.tenant_field):
+            raise CollectionError(
+                f"The collection {self._collection!r} has other declared fields than what is to be imported: import "
+                "into a new collection with --collection."
+            )
+        if facts.chunks < made.chunks:
+            raise CollectionError(
+                f"The collection {self._collection!r} was made for fewer features an image than what is to be "
+                "imported: import into a new collection with --collection."
+            )
+
+    @property
+    def facts(self) -> CollectionFacts | None:
+        """What the collections were made for; None while they do not exist."""
+        return self._attach()
+
+    @property
+    def imports_files(self) -> bool:
+        """Whether large writes go through the server's bulk import."""
+        return self._bulk.enabled
+
+    def restore(self, image_rows: Mapping[int, Row], columns: Mapping[int, Columns], *, now: bool = True) -> None:
+        """Store images as they are, by key: their rows, and the columns of their features in rising ordinals.
+
+        The caller has checked them. The steps are those of `write`. Not `now`: the images do not exist before `settle`
+        and then `restore_rows`, so that one wait for imports of files serves any number of calls.
+        """
+        with self._db.write_lock, self._bulk.guarded():
+            self._replace({key: row["image_id"] for key, row in image_rows.items()}, columns)
+            if now:
+                self._bulk.finish()
+                self._write_images(list(image_rows.values()))
+
+    def settle(self) -> None:
+        """Wait until all features of earlier calls of `restore` can be found."""
+        with self._db.write_lock, self._bulk.guarded():
+            self._bulk.finish()
+
+    def restore_rows(self, image_rows: Sequence[Row]) -> None:
+        """Write the rows of images whose features are there."""
+        with self._db.write_lock:
             self._write_images(image_rows)
+
+    def keys(self, prefix: str = "") -> Keys:
+        """The keys of all images whose id starts so, in order of the ids; with a tenant set, only that tenant's."""
+        facts = self._attach()
+        if facts is None:
+            return []
+        conditions = [*filter(None, [self._of_tenant(facts)]), *_starting(prefix)]
+        found = self._scan(" and ".join(conditions))
+        return [key for _, key in sorted((row["image_id"], int(row["image_key"])) for row in found)]
+
+    def rows(self, image_keys: Sequence[int]) -> dict[int, Row]:
+        """Whole rows of those of the images that exist, by key."""
+        facts = self._attach()
+        if facts is None:
+            return {}
+        return self._rows(image_keys, (*(one.name for one in facts.images.fields), METADATA))
+
+    def feature_columns(self, counts: Mapping[int, int]) -> Columns:
+        """All features of images, given as feature counts by key: in that order, in rising ordinals.
+
+        Raises DatabaseError where one has not all of them.
+        """
+        facts = self._existing()
+        spec = facts.features
+        keys = np.concatenate([feature_keys(key, count) for key, count in counts.items()] or [np.empty(0, np.int64)])
+        fields = [one.name for one in spec.fields if not one.primary]
+        step = min(_FEATURE_KEYS, max(1, _FEATURE_BYTES // (4 * facts.fingerprint.dim + 64)))
+        found = self._by_key(self._features, "feature_key", keys.tolist(), fields, _STRONG, step)
+        if len(found) < len(keys):
+            missing = next(key for key in keys.tolist() if key not in found) >> ORDINAL_BITS
+            raise DatabaseError(
+                f"Features of the image with key {missing} are missing: was it written meanwhile? Try again, and "
+                "ingest it again if that does not help."
+            )
+        return records.columns_of(spec, [found[key] for key in keys.tolist()])
 
     def describe(self, changed: Sequence[ImageRecord]) -> None:
         """Rewrite uri, root and metadata of stored images; their features stay. Ids that are not stored are left out.
@@ -486,10 +594,7 @@ class FeatureStore:
         if facts is None:
             return
         conditions = [tenant] if (tenant := self._of_tenant(facts)) else []
-        if prefix:
-            # A range, because the wildcards of `like` cannot be escaped on every version.
-            end = prefix + chr(0x10FFFF)
-            conditions.append(f"image_id >= {quoted(prefix)} and image_id <= {quoted(end)}")
+        conditions += _starting(prefix)
         if root is not None:
             conditions.append(f"root == {quoted(root)}")
         if after:
@@ -581,17 +686,15 @@ class FeatureStore:
             return self.count_features()
         return self._indexing.flushed_rows(self._features)
 
-    def _created(self) -> CollectionFacts:
-        """The facts of the collections, which are created where they are absent."""
+    def _created(self, made: CollectionFacts | None = None) -> CollectionFacts:
+        """The facts of the collections, which are created where they are absent, as `made` says or as planned."""
         facts = self._attach()
         if facts is not None:
             return facts
         with self._state_lock:
-            made = self._planned()
-            fields = declared_fields(made.declared, made.tenant_field)
-            dim = made.fingerprint.dim
-            self._create(self._features, schema.features_spec(dim, fields), made)
-            self._create(self._images, schema.images_spec(dim, made.chunks, fields), made)
+            made = self._facts or made or self._planned()
+            self._create(self._features, made.features, made)
+            self._create(self._images, made.images, made)
             facts = self._attach()
         if facts is None:
             raise CollectionError(f"The collection {self._collection!r} vanished while it was created; try again.")
@@ -661,15 +764,21 @@ class FeatureStore:
         return {key: records.record_of(rows[key], facts.tenant_field) for key in keys if key in rows}
 
     def _by_key(
-        self, name: str, primary: str, keys: Sequence[int], fields: Sequence[str], consistency: str
+        self,
+        name: str,
+        primary: str,
+        keys: Sequence[int],
+        fields: Sequence[str],
+        consistency: str,
+        step: int = _KEYS,
     ) -> dict[int, Row]:
         found: dict[int, Row] = {}
-        for start in range(0, len(keys), _KEYS):
+        for start in range(0, len(keys), step):
             rows = self._reading(
                 "reading images",
                 self._client.get,
                 name,
-                ids=list(keys[start : start + _KEYS]),
+                ids=list(keys[start : start + step]),
                 output_fields=[primary, *fields],
                 consistency_level=consistency,
             )
@@ -707,12 +816,12 @@ class FeatureStore:
         )
         return int(rows[0]["count(*)"])
 
-    def _leftovers(self, written: Mapping[int, tuple[ImageRecord, Features]], stored: Mapping[int, Row]) -> Keys:
+    def _leftovers(self, written: Mapping[int, Columns], stored: Mapping[int, Row]) -> Keys:
         """Keys of features, in rising order, that earlier versions of these images have beyond the new ones."""
         keys: list[npt.NDArray[np.int64]] = []
         unknown: dict[int, int] = {}
-        for key, (_, features) in written.items():
-            count = len(features)
+        for key, columns in written.items():
+            count = length(columns)
             if key in stored:
                 keys.append(feature_keys(key, max(count, int(stored[key]["feature_count"])), count))
             elif count < MAX_FEATURES:
@@ -721,40 +830,36 @@ class FeatureStore:
         keys.extend(feature_keys(first >> ORDINAL_BITS, MAX_FEATURES, unknown[first]) for first in found)
         return np.concatenate(keys).tolist() if keys else []
 
-    def _write_features(self, written: Mapping[int, tuple[ImageRecord, Features]], facts: CollectionFacts) -> None:
-        rows: list[Row] = []
-        for key, (record, features) in written.items():
-            rows += records.feature_rows(key, features, {f.name: record.metadata[f.name] for f in facts.declared})
-        self._write_feature_rows(rows)
+    def _write_features(self, written: Mapping[int, Columns], stored: Mapping[int, Row]) -> None:
+        """As files where they are many and new, else as messages."""
+        parts = {key: columns for key, columns in written.items() if length(columns)}
+        spec = self._existing().features
+        if self._bulk.enabled and sum(map(length, parts.values())) >= self._settings.bulk_from:
+            # An import replaces nothing: it takes images without any feature, which would be the one of ordinal 0.
+            first = {int(parts[key]["feature_key"][0]): key for key in parts if key not in stored}
+            there = self._by_key(self._features, "feature_key", list(first), (), _STRONG)
+            new = sorted(key for feature, key in first.items() if feature not in there)
+            if sum(length(parts[key]) for key in new) >= self._settings.bulk_from:
+                self._bulk.start(spec, joined([parts.pop(key) for key in new]))
+        self._write_columns(self._features, spec, list(parts.values()))
 
-    def _write_feature_rows(self, rows: Sequence[Row]) -> None:
-        if rows:
-            size = 4 * len(rows[0]["descriptor"]) + sum(len(str(v)) for k, v in rows[0].items() if k != "descriptor")
-            for batch in records.batches(rows, [size] * len(rows), self._settings.batch_bytes):
-                self._write_rows(self._features, batch)
+    def _write_columns(self, name: str, spec: CollectionSpec, parts: Sequence[Columns]) -> None:
+        for batch in slices(joined(parts), self._settings.batch_bytes) if parts else ():
+            write_columns(self._db, name, spec, batch)
 
     def _write_images(self, rows: Sequence[Row]) -> None:
-        sizes = [sum(len(str(value)) for value in row.values()) for row in rows]
+        spec = self._existing().images
+        # An array's text would take longer than everything else here.
+        sizes = [sum(v.nbytes if isinstance(v, np.ndarray) else len(str(v)) for v in row.values()) for row in rows]
         for batch in records.batches(rows, sizes, self._settings.batch_bytes):
-            self._write_rows(self._images, batch)
+            write_columns(self._db, self._images, spec, records.image_columns(batch, spec))
 
     def _redeclare(self, key: int, count: int, values: Mapping[str, Any]) -> None:
         """Rewrite the features of an image with other values of its declared fields."""
-        fields = [field.name for field in schema.features_spec(1).fields]
-        found = self._by_key(self._features, "feature_key", feature_keys(key, count).tolist(), fields, _STRONG)
-        self._write_feature_rows([{**row, **values} for row in found.values()])
-
-    def _write_rows(self, name: str, rows: Sequence[Row]) -> None:
-        """Write whole rows, replacing those of the same key."""
-        # On Milvus Lite the newest row of a key wins however it was written; its upsert looks for each old row first.
-        replaces = self._db.backend == "lite"
-        if self._facts and self._facts.tenant_field and not replaces and self._indexing.engine.release < (2, 4):
-            # Before 2.4 an upsert puts rows into partitions that a search for their tenant does not look in.
-            primary = "image_key" if name == self._images else "feature_key"
-            self._delete_rows(name, [row[primary] for row in rows])
-            replaces = True
-        write = self._client.insert if replaces else self._client.upsert
-        self._db.call("writing", write, name, list(rows))
+        columns = self.feature_columns({key: count})
+        spec = self._existing().features
+        changed = {name: records.repeated(spec, name, value, count) for name, value in values.items()}
+        self._write_columns(self._features, spec, [columns | changed])
 
     def _delete_rows(self, name: str, keys: Sequence[int]) -> None:
         """Delete by primary key, the last ones first."""
@@ -767,11 +872,24 @@ def _check_name(collection: str) -> None:
         raise UsageError(f"{collection!r} cannot name a collection: use at most 200 letters, digits and underscores.")
 
 
-def _check_collision(earlier: tuple[ImageRecord, Any] | None, record: ImageRecord) -> None:
-    if earlier is not None and earlier[0].image_id != record.image_id:
-        raise DatabaseError(
-            f"The ids {earlier[0].image_id!r} and {record.image_id!r} happen to have the same key: rename one of them."
-        )
+def _check_collision(earlier: str, image_id: str) -> None:
+    if earlier != image_id:
+        raise DatabaseError(f"The ids {earlier!r} and {image_id!r} happen to have the same key: rename one of them.")
+
+
+def _starting(prefix: str) -> list[str]:
+    """The condition that an id starts so, if there is any: a range, because not every version can escape `like`."""
+    if not prefix:
+        return []
+    end = prefix + chr(0x10FFFF)
+    return [f"image_id >= {quoted(prefix)} and image_id <= {quoted(end)}"]
+
+
+def _other_model(what: str, theirs: Fingerprint, ours: Fingerprint) -> str:
+    differences = "; ".join(theirs.differences(ours))
+    return (
+        f"The model of {what} is another one ({differences}): use a new collection, or the settings it was made with."
+    )
 
 
 def _absent(collection: str, where: str) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from delf_milvus.features import MAX_FEATURES, ORDINAL_BITS, Features
 from delf_milvus.store import records
 from delf_milvus.store.codec import rounding_differences, unpack
+from delf_milvus.store.columns import METADATA, write_columns
 from delf_milvus.store.connection import Connection
 from delf_milvus.store.keys import IMAGE_KEY_BITS, feature_keys, image_key
 from delf_milvus.store.records import Row
@@ -31,6 +32,7 @@ REMEDIES = {
     "orphan_features": "features without an image row: --repair deletes them",
     "lost_features": "images that lost features: --repair deletes the image, ingest it again",
     "surplus_features": "features beyond the image's count: --repair deletes them",
+    "stale_fields": "features whose declared fields are not the image's: --repair copies the image's",
     "misfiled_features": "features whose image_key is not that of their key: --repair rewrites them",
     "damaged_features": "feature rows that are no features: --repair rewrites them from the packed ones",
     "packed_geometry": "packed features that differ from the rows: --repair packs the rows again",
@@ -105,8 +107,9 @@ class Fsck:
         self._features = features
         self._images = images
         self._facts = facts
-        self._feature_fields = ("descriptor", "image_key", "x", "y", "scale", "attention")
-        self._image_fields = (*records.RECORD_FIELDS, *keypoint_fields(facts.chunks))
+        self._names = [one.name for one in facts.declared]
+        self._feature_fields = tuple(one.name for one in facts.features.fields if not one.primary)
+        self._image_fields = (*records.RECORD_FIELDS, *self._names, *keypoint_fields(facts.chunks))
 
     def run(self, repair: bool, progress: Progress | None = None) -> FsckReport:
         """Read everything, and with `repair` mend what is found. Raises DatabaseError."""
@@ -157,7 +160,8 @@ class Fsck:
         if image is None:
             return [_Damage("orphan_features", len(rows), "no image row")] if rows else []
         count = int(image["feature_count"])
-        if image_key(image["image_id"]) != key:
+        tenant = str(image[self._facts.tenant_field]) if self._facts.tenant_field else ""
+        if image_key(image["image_id"], tenant) != key:
             return [_Damage("wrong_key", 1 + len(rows), "the key is not that of the id")]
         if image["model"] != self._facts.fingerprint.short:
             model = f"model {image['model']}, the collection has {self._facts.fingerprint.short}"
@@ -171,6 +175,9 @@ class Fsck:
         misfiled = sum(int(row["image_key"]) != key for row in ours)
         if misfiled:
             found.append(_Damage("misfiled_features", misfiled, "image_key differs from the key"))
+        stale = sum(any(row[name] != image[name] for name in self._names) for row in ours)
+        if stale:
+            found.append(_Damage("stale_fields", stale, f"{', '.join(self._names)} differ from the image's"))
         exact, packed = self._of_rows(image, ours), self._of_text(image)
         if isinstance(exact, Features):
             differing = [packed] if isinstance(packed, str) else rounding_differences(packed, exact)
@@ -215,20 +222,21 @@ class Fsck:
             count = int(image["feature_count"])
             if "surplus_features" in kinds:
                 self._delete(self._features, keys[count:])
-            if kinds & {"damaged_features", "misfiled_features"}:
+            if kinds & {"damaged_features", "misfiled_features", "stale_fields"}:
                 exact, packed = self._of_rows(image, rows[:count]), self._of_text(image)
                 sound = exact if isinstance(exact, Features) else packed
                 if isinstance(sound, Features):
-                    self._write(self._features, records.feature_rows(key, sound))
+                    spec = self._facts.features
+                    write_columns(self._db, self._features, spec, records.feature_columns(key, sound, spec, image))
             if "packed_geometry" in kinds:
                 exact = self._of_rows(image, rows[:count])
                 if isinstance(exact, Features):
-                    record = records.record_of(image)
+                    record = records.record_of(image, self._facts.tenant_field)
                     self._write(self._images, [records.image_row(record, exact, self._facts.chunks)])
 
     def _read(self, key: int) -> tuple[Row | None, list[Row]]:
         """One image's row, with its metadata, and all its features."""
-        images = self._get(self._images, "image_key", [key], (*self._image_fields, records.METADATA))
+        images = self._get(self._images, "image_key", [key], (*self._image_fields, METADATA))
         # A key that is no image's has no features: theirs would not fit an INT64.
         keys = feature_keys(key, MAX_FEATURES).tolist() if 0 <= key < 1 << IMAGE_KEY_BITS else []
         return (images[0] if images else None), self._get(self._features, "feature_key", keys, self._feature_fields)
@@ -319,10 +327,10 @@ class Fsck:
     def _single(self, name: str, keys: list[int]) -> None:
         """Leave one row of each key: the one that reads see."""
         images = name == self._images
-        fields = (*self._image_fields, records.METADATA, "global_descriptor") if images else self._feature_fields
+        fields = (*self._image_fields, METADATA, "global_descriptor") if images else self._feature_fields
         rows = self._get(name, "image_key" if images else "feature_key", keys, fields)
         if images:
-            rows = [records.described(row, records.record_of(row)) for row in rows]
+            rows = [records.described(row, records.record_of(row, self._facts.tenant_field)) for row in rows]
         self._delete(name, keys)
         self._write(name, rows)
 
@@ -362,10 +370,12 @@ class Fsck:
             self._db.call("deleting", self._db.client.delete, name, ids=list(keys[max(0, end - _KEYS) : end]))
 
     def _write(self, name: str, rows: Sequence[Row]) -> None:
-        # On Milvus Lite the newest row of a key wins however it was written.
-        write = self._db.client.insert if self._db.backend == "lite" else self._db.client.upsert
+        images = name == self._images
+        spec = self._facts.images if images else self._facts.features
         for start in range(0, len(rows), _KEYS):
-            self._db.call("writing", write, name, list(rows[start : start + _KEYS]))
+            part = rows[start : start + _KEYS]
+            columns = records.image_columns(part, spec) if images else records.columns_of(spec, part)
+            write_columns(self._db, name, spec, columns)
 
 
 def _grouped(rows: Iterator[Row]) -> Iterator[tuple[int, list[Row]]]:

@@ -13,10 +13,12 @@ from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from delf_milvus.errors import CollectionError, DatabaseError, InputError, one_line
 from delf_milvus.features import Features, Fingerprint, Float32Array
 from delf_milvus.store.codec import pack, split, unpack
+from delf_milvus.store.columns import METADATA, Columns
 from delf_milvus.store.fields import typed_values
 from delf_milvus.store.keys import feature_keys, image_key
 from delf_milvus.store.schema import (
@@ -25,14 +27,21 @@ from delf_milvus.store.schema import (
     MAX_URI_BYTES,
     RESERVED,
     CollectionFacts,
+    CollectionSpec,
+    FieldType,
     keypoint_fields,
 )
 
+_KINDS: dict[FieldType, type] = {
+    "INT64": np.int64,
+    "FLOAT": np.float32,
+    "DOUBLE": np.float64,
+    "BOOL": np.bool_,
+    "FLOAT_VECTOR": np.float32,
+}
+
 Row = dict[str, Any]
 """One row as pymilvus takes and gives it."""
-
-METADATA = "$meta"
-"""Output field that stands for all dynamic fields."""
 
 RECORD_FIELDS = (
     "image_id",
@@ -172,30 +181,45 @@ def image_row(record: ImageRecord, features: Features, chunks: int) -> Row:
     return row
 
 
-def feature_rows(key: int, features: Features, declared: Mapping[str, Any] | None = None) -> list[Row]:
-    """One row for each feature, in falling attention; `declared` are the image's fields that each row repeats."""
-    common = {"image_key": key, **(declared or {})}
-    columns = zip(
-        feature_keys(key, len(features)).tolist(),
-        features.descriptors,
-        features.locations[:, 0].tolist(),
-        features.locations[:, 1].tolist(),
-        features.scales.tolist(),
-        features.attention.tolist(),
-        strict=True,
-    )
-    return [
-        {
-            "feature_key": feature,
-            "descriptor": descriptor,
-            "x": x,
-            "y": y,
-            "scale": scale,
-            "attention": attention,
-            **common,
-        }
-        for feature, descriptor, x, y, scale, attention in columns
-    ]
+def columns_of(spec: CollectionSpec, rows: Sequence[Row]) -> Columns:
+    """The declared fields of rows by column."""
+    columns: Columns = {}
+    for one in spec.fields:
+        values: npt.NDArray[Any] = np.array([row[one.name] for row in rows], dtype=_KINDS.get(one.type, object))
+        columns[one.name] = values.reshape(len(rows), one.size) if one.type == "FLOAT_VECTOR" else values
+    return columns
+
+
+def image_columns(rows: Sequence[Row], spec: CollectionSpec) -> Columns:
+    """Rows of the images collection, at least one, by column; their free metadata as JSON."""
+    columns = columns_of(spec, rows)
+    fields = {one.name for one in spec.fields}
+    free = [{name: value for name, value in row.items() if name not in fields} for row in rows]
+    columns[METADATA] = np.array([json.dumps(one, allow_nan=False) for one in free], dtype=object)
+    return columns
+
+
+def feature_columns(key: int, features: Features, spec: CollectionSpec, metadata: Mapping[str, Any]) -> Columns:
+    """One row for each feature, in falling attention; each repeats the image's declared fields."""
+    count = len(features)
+    return {
+        "feature_key": feature_keys(key, count),
+        "descriptor": features.descriptors,
+        "image_key": np.full(count, key, np.int64),
+        "x": features.locations[:, 0],
+        "y": features.locations[:, 1],
+        "scale": features.scales,
+        "attention": features.attention,
+        **{one.name: repeated(spec, one.name, metadata[one.name], count) for one in spec.filtered},
+    }
+
+
+def repeated(spec: CollectionSpec, name: str, value: Any, count: int) -> npt.NDArray[Any]:
+    """A column that has one value in every row."""
+    kind = next(one.type for one in spec.fields if one.name == name)
+    column: npt.NDArray[Any] = np.empty(count, dtype=_KINDS.get(kind, object))
+    column[:] = value
+    return column
 
 
 def record_fields(facts: CollectionFacts) -> tuple[str, ...]:

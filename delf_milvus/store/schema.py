@@ -152,6 +152,17 @@ class CollectionFacts:
     tenant_field: str = ""
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def features(self) -> CollectionSpec:
+        """The collection of the features."""
+        return features_spec(self.fingerprint.dim, declared_fields(self.declared, self.tenant_field))
+
+    @property
+    def images(self) -> CollectionSpec:
+        """The collection of the images."""
+        fields = declared_fields(self.declared, self.tenant_field)
+        return images_spec(self.fingerprint.dim, self.chunks, fields)
+
     def to_json(self) -> str:
         """Canonical JSON text, the value of the property `PROPERTY`."""
         fields = {field.name: field.declaration for field in self.declared}

@@ -306,3 +306,28 @@ def test_tuning_prints_a_table_and_a_line_to_paste(tmp_path: Path) -> None:
     assert (tmp_path / "front.png").is_file()
     values = json.loads(call(tmp_path, "--json", "index", "tune", "--profile", "FLAT").stdout)
     assert (values["recommended"]["recall"], len(values["points"])) == (1, 1)
+
+
+def test_export_and_import_move_a_collection(workplace: Path) -> None:
+    exported = call(workplace, "export", "backup")
+    assert exported.returncode == 0
+    assert exported.stdout.startswith("5 images with ")
+    assert exported.stderr == ""
+    again = call(workplace, "export", "backup")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.startswith("Error: backup holds a finished export")
+    imported = call(workplace, "--uri", "moved.db", "import", "backup")
+    assert imported.stdout.startswith("5 added, 0 replaced, 0 unchanged; ")
+    before, after = (
+        json.loads(call(workplace, "--json", *uri, "search", "query.png").stdout)["hits"]
+        for uri in ((), ("--uri", "moved.db"))
+    )
+    assert before == after
+    assert len(before) > 0
+    part = call(workplace, "--json", "--uri", "moved.db", "export", "part", "--prefix", "2")
+    assert json.loads(part.stdout)["images"] == 1
+    (workplace / "backup" / "images-00000.parquet").write_bytes(b"")
+    damaged = call(workplace, "--uri", "other.db", "import", "backup")
+    assert (damaged.returncode, damaged.stdout) == (5, "")
+    assert damaged.stderr.startswith("Error: backup/images-00000.parquet is damaged")
+    assert damaged.stderr.count("\n") == 1

@@ -25,10 +25,14 @@ from store_samples import DIM, MODEL, OTHER_MODEL, random_features, random_items
 from delf_milvus.errors import CollectionError, DatabaseError, InputError, UsageError
 from delf_milvus.features import Features
 from delf_milvus.settings import StoreSettings
+from delf_milvus.store import feature_store
+from delf_milvus.store.columns import Columns
+from delf_milvus.store.connection import Connection
 from delf_milvus.store.feature_store import PADDING_KEY, PADDING_SIMILARITY, FeatureStore
 from delf_milvus.store.filters import quoted
 from delf_milvus.store.keys import feature_keys, image_key, split_keys
 from delf_milvus.store.records import ImageRecord
+from delf_milvus.store.schema import CollectionSpec
 
 RNG = np.random.default_rng(11)
 
@@ -163,14 +167,19 @@ def test_deleting_removes_image_and_features(store: FeatureStore) -> None:
     assert (store.count_images(), store.count_features()) == (2, 40)
 
 
-def test_batches_stay_below_the_limit(tmp_path: Path) -> None:
+def test_batches_stay_below_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(tmp_path, settings=StoreSettings(batch_bytes=100_000)) as store:
         sizes: list[int] = []
-        insert = store._client.insert
-        store._client.insert = lambda name, rows, **options: (sizes.append(len(rows)), insert(name, rows, **options))
+        write = feature_store.write_columns
+
+        def measured(database: Connection, name: str, spec: CollectionSpec, columns: Columns, timeout: float) -> None:
+            sizes.append(sum(values.nbytes for values in columns.values()))
+            write(database, name, spec, columns, timeout)
+
+        monkeypatch.setattr(feature_store, "write_columns", measured)
         store.write(random_items(4, 40, 100))
-        assert len(sizes) > 5
-        assert max(sizes) <= 100_000 // (4 * DIM)
+        assert len(sizes) > 3
+        assert max(sizes) <= 100_000
         assert (store.count_images(), store.count_features()) == (40, 4000)
 
 
@@ -402,6 +411,7 @@ def test_a_kill_at_any_step_of_a_write_leaves_no_image_without_its_features(tmp_
         sys.path.insert(0, sys.argv[2])
         from store_samples import MODEL, random_items
         from delf_milvus.settings import StoreSettings
+        from delf_milvus.store import feature_store
         from delf_milvus.store.feature_store import FeatureStore
         store = FeatureStore.open(sys.argv[1], "delf", MODEL, StoreSettings(batch_bytes=100_000))
         store.write(random_items(1, 3, 100) + random_items(1, 1, 100, "untouched"))
@@ -415,7 +425,8 @@ def test_a_kill_at_any_step_of_a_write_leaves_no_image_without_its_features(tmp_
                 return call(*arguments, **options)
             return called
         store._client.insert, store._client.delete = killing(store._client.insert), killing(store._client.delete)
-        store.write(random_items(2, 3, 40) + random_items(2, 15, 100, "new"))
+        feature_store.write_columns = killing(feature_store.write_columns)
+        store.write(random_items(2, 3, 40) + random_items(2, 25, 100, "new"))
     """
     done = subprocess.run(
         [
@@ -434,9 +445,9 @@ def test_a_kill_at_any_step_of_a_write_leaves_no_image_without_its_features(tmp_
         assert "untouched/00000.jpg" in {record.image_id for record in records}
         for record in records:
             assert feature_rows(store, record.image_id) == list(range(record.feature_count))
-        again = random_items(2, 3, 40) + random_items(2, 15, 20, "new")
+        again = random_items(2, 3, 40) + random_items(2, 25, 20, "new")
         store.write(again)
-        assert store.count_features() == 3 * 40 + 15 * 20 + 100
+        assert store.count_features() == 3 * 40 + 25 * 20 + 100
         for record, features in again:
             assert feature_rows(store, record.image_id) == list(range(len(features)))
 
