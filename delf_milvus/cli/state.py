@@ -31,7 +31,10 @@ class State:
         """The settings of this call; `stages` are a command's own flags, {"search": {"top": 5}}."""
         from delf_milvus.settings import load
 
-        return load({**self.flags, **(stages or {})}, self.config)
+        flags = dict(self.flags)
+        for stage, values in (stages or {}).items():
+            flags[stage] = {**flags.get(stage, {}), **values}
+        return load(flags, self.config)
 
     def open(self, stages: Stages | None = None, *, create: bool = False, any_model: bool = False) -> DelfIndex:
         """The index that the options name.

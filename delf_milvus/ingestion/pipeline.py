@@ -240,8 +240,9 @@ def _prepare(photo: Photo, stored: ImageRecord | None, fingerprint: Fingerprint,
         image_id=photo.image_id,
         uri=str(photo.path),
         sha256=content_digest(data),
-        root=str(photo.root),
+        root=str(photo.root) if photo.root.is_absolute() else "",
         metadata=dict(photo.metadata),
+        ingested_at=photo.ingested_at,
     )
     checked(record)
     if stored is None:
