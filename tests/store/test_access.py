@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -129,6 +130,37 @@ def test_what_the_server_refuses_is_one_sentence_without_a_secret(
 def test_plain_http_to_a_server_with_tls_says_what_may_be_wrong(guarded: Guarded) -> None:
     with pytest.raises(DatabaseError, match="not waiting for https://"):
         opened(guarded.uri.replace("https:", "http:"), StoreSettings(timeout=5))
+
+
+@pytest.mark.server
+def test_the_command_line_says_a_refusal_in_one_line(guarded: Guarded, tmp_path: Path) -> None:
+    tls = {f"DELF_MILVUS_STORE__TLS__{name.upper()}": str(value) for name, value in guarded.tls.items()}
+
+    def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from delf_milvus.cli.main import run; run()", "--uri", guarded.uri]
+        return subprocess.run(
+            [*command, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    for arguments, environment in (
+        (["--token", f"root:{SECRET}", "status"], tls),
+        (["--db", "nowhere", "--token", "root:Milvus", "status"], tls),
+        (["--token", "root:Milvus", "status"], {}),
+    ):
+        refused = call(*arguments, **environment)
+        assert refused.returncode == 3, refused.stderr
+        assert refused.stderr.startswith("Error: ")
+        assert refused.stderr.count("\n") == 1, refused.stderr
+        assert SECRET not in refused.stderr
+    absent = call("--db", "photos", "--collection", "other", "--token", "root:Milvus", "status", **tls)
+    assert absent.returncode == 4
+    assert "/photos" in absent.stderr
 
 
 @pytest.mark.parametrize(
