@@ -30,7 +30,6 @@ def everything(client: MilvusClient) -> dict[str, Any]:
             "rows": sorted(row["id"] for row in client.query(name, filter="id >= 0", output_fields=["id"])),
             "indexes": [client.describe_index(name, one) for one in index],
             "loaded": str(client.get_load_state(name)),
-            "aliases": client.list_aliases(name),
         }
     return found
 
