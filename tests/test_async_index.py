@@ -70,6 +70,11 @@ def test_answers_and_errors_are_those_of_the_synchronous_index(
             assert (empty.matched, empty.hits) == (False, [])
             counts = await asyncio.gather(*(index.add(make_photo(s), f"{s}.png", {"seed": s}) for s in range(6)))
             assert min(counts) > 20
+            for seed in (6, 7):
+                await index.add(make_photo(seed), f"{seed}.png")
+                assert [record.image_id for record in await index.list(f"{seed}")] == [f"{seed}.png"]
+                assert len(await index.list()) == seed + 1
+            await index.delete(["6.png", "7.png"])
             assert await index.delete(["5.png", "missing"]) == ["5.png"]
             with pytest.raises(NotFoundError):
                 await index.show("5.png")

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
+import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from delf_milvus.errors import DatabaseError
 from delf_milvus.store.connection import NotLoadedError, asking_milvus
 from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.keys import IMAGE_KEY_BITS
 
 if TYPE_CHECKING:
     from pymilvus import AsyncMilvusClient
@@ -46,26 +48,23 @@ class Blocking:
     def query_iterator(
         self, collection_name: str, *, batch_size: int, filter: str, output_fields: list[str], **options: Any
     ) -> _Pages:
-        """Pages of a query in the order of the primary key: what the asynchronous client lacks."""
-        described = self.describe_collection(collection_name, timeout=options.get("timeout"))
-        primary = next(field["name"] for field in described["fields"] if field.get("is_primary"))
+        """Pages of about `batch_size` rows of the images, in no order: what the asynchronous client lacks.
 
-        def page(after: int | None) -> list[dict[str, Any]]:
-            conditions = [f"({filter})"] if filter else []
-            conditions += [f"{primary} > {after}"] if after is not None else []
-            rows = self.query(
-                collection_name,
-                filter=" and ".join(conditions),
-                output_fields=[primary, *output_fields],
-                limit=batch_size,
-                # Without these a server may return any rows that fit, not the first ones.
-                iterator="True",
-                reduce_stop_for_best="True",
-                **options,
-            )
+        A page is a range of image keys, which are spread evenly, so that it needs no limit: rows beyond a limit come in
+        an order of the server's own, unless it is told that this is an iteration, and then it keeps no level of
+        consistency.
+        """
+        counted = self.query(collection_name, filter=filter, output_fields=["count(*)"], **options)
+        parts = max(1, math.ceil(int(counted[0]["count(*)"]) / batch_size))
+        bounds = [(part << IMAGE_KEY_BITS) // parts for part in range(parts + 1)]
+        condition = f"({filter}) and " if filter else ""
+
+        def page(part: int) -> list[dict[str, Any]]:
+            limits = f"image_key >= {bounds[part]} and image_key < {bounds[part + 1]}"
+            rows = self.query(collection_name, filter=condition + limits, output_fields=output_fields, **options)
             return list(rows)
 
-        return _Pages(page, primary)
+        return _Pages(page, parts)
 
     def _wait(self, coroutine: Any, timeout: float | None) -> Any:
         try:
@@ -85,19 +84,13 @@ class Blocking:
 class _Pages:
     """What `MilvusClient.query_iterator` returns, as far as the store uses it."""
 
-    def __init__(self, page: Callable[[int | None], list[dict[str, Any]]], primary: str) -> None:
+    def __init__(self, page: Callable[[int], list[dict[str, Any]]], count: int) -> None:
         self._page = page
-        self._primary = primary
-        self._last: int | None = None
-        self._done = False
+        self._rest = iter(range(count))
 
     def next(self) -> list[dict[str, Any]]:
-        """The next page; empty at the end."""
-        rows = [] if self._done else self._page(self._last)
-        self._done = not rows
-        if rows:
-            self._last = rows[-1][self._primary]
-        return rows
+        """The next page that is not empty; empty at the end."""
+        return next((rows for part in self._rest if (rows := self._page(part))), [])
 
     def close(self) -> None:
         """Nothing is held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from pymilvus import MilvusClient
 from delf_milvus import DelfIndex, Settings
 from delf_milvus.errors import CollectionError
 from delf_milvus.settings import ExtractSettings, StoreSettings
+from delf_milvus.store.feature_store import FeatureStore
 
 EXTRACT = ExtractSettings(scales=(0.5, 1.0), longest_side=320, stored_features=60, query_features=60)
 
@@ -130,11 +132,22 @@ def test_a_rebuilt_collection_answers_as_a_fresh_one_and_its_readers_notice_noth
 
 
 def test_what_happens_to_the_old_collection_meanwhile_is_caught_up(
-    place: Settings, models: tuple[Path, Path], photos: Path
+    place: Settings, models: tuple[Path, Path], photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with DelfIndex.open(settings=place) as writer:
         writer.ingest([photos])
         done = False
+        switch = FeatureStore.become_current
+
+        def at_the_switch(store: FeatureStore) -> None:
+            writer.add(save_photo(photos / "last.png", make_photo(33, 160, 120)), "last.png")
+            switch(store)
+            # From here on others write to the new collection, and a late look at the old one must not undo that.
+            with DelfIndex.open(settings=place, model=models[1], create=False) as other:
+                assert other.delete(["2.png"]) == ["2.png"]
+                other.add(save_photo(photos / "3.png", make_photo(34, 160, 120)), "3.png", {"new": True})
+
+        monkeypatch.setattr(FeatureStore, "become_current", at_the_switch)
 
         def meddle(_: object) -> None:
             nonlocal done
@@ -148,9 +161,12 @@ def test_what_happens_to_the_old_collection_meanwhile_is_caught_up(
         report = rebuild(place, models[1], progress=meddle)
         assert (report.switched, report.removed) == (True, 1)
         expected = {record.image_id: record.sha256 for record in writer.list()}
+        expected.pop("2.png")
+        expected["3.png"] = hashlib.sha256((photos / "3.png").read_bytes()).hexdigest()
     with DelfIndex.open(settings=place, model=models[1], create=False) as index:
         assert {record.image_id: record.sha256 for record in index.list()} == expected
-        assert "late.png" in expected
+        assert {"late.png", "last.png"} < expected.keys()
+        assert index.show("3.png").metadata == {"new": True}
         best = index.search(make_photo(31, 160, 120), include_unverified=True).hits[0]
         assert best.image_id == "1.png"
 
