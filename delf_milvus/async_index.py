@@ -3,8 +3,9 @@
 - Decoding, the network, voting, matching and verification run in a bounded pool of threads; the event loop only waits
   for them and for the database.
 - The stages, their order and their answers are those of `DelfIndex`: every step is the same function.
-- On a Milvus server one `AsyncMilvusClient` does all the talking. pymilvus's asynchronous client cannot create
-  collections on Milvus Lite, so there the synchronous store runs in the pool.
+- On a Milvus server one `AsyncMilvusClient` does all the talking, on an event loop of its own, because it computes
+  there too; one that is handed in stays on its own loop, which then has that work. pymilvus's asynchronous client
+  cannot create collections on Milvus Lite, so there the synchronous store runs in the pool.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from delf_milvus.retrieval.search import Hit, SearchResult, hits_of, judge
 from delf_milvus.retrieval.voting import Votes, vote
 from delf_milvus.settings import Settings
 from delf_milvus.store import connection
-from delf_milvus.store.asynchronous import AsyncReads, Blocking
+from delf_milvus.store.asynchronous import AsyncReads, Blocking, ClientLoop, run_in
 from delf_milvus.store.feature_store import neighbour_answer
 from delf_milvus.store.records import ImageRecord
 
@@ -49,17 +50,22 @@ class AsyncDelfIndex:
     """
 
     def __init__(
-        self, index: DelfIndex, pool: ThreadPoolExecutor, client: AsyncMilvusClient | None, owned: bool
+        self,
+        index: DelfIndex,
+        pool: ThreadPoolExecutor,
+        client: AsyncMilvusClient | None = None,
+        home: ClientLoop | None = None,
     ) -> None:
         """Not called by users: `open` does."""
         self._index = index
         self._pool = pool
         self._client = client
-        self._owned = owned
+        self._home = home
         self._running: set[Future[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
         store, timeout = index.store, index.settings.store.timeout
-        self._reads = None if client is None else AsyncReads(store, client, self._in_thread, timeout)
+        loop = home.loop if home else asyncio.get_running_loop()
+        self._reads = None if client is None else AsyncReads(store, client, loop, self._in_thread, timeout)
 
     @classmethod
     async def open(
@@ -77,7 +83,8 @@ class AsyncDelfIndex:
     ) -> AsyncDelfIndex:
         """Open the database at `uri`, a path (embedded) or http(s)://host:port, or the one that `client` talks to.
 
-        client: of a Milvus server, in use on this event loop; it is never closed here. threads: that compute at once.
+        client: of a Milvus server, in use on this event loop; it is never closed here, and unpacks its answers on this
+        loop, which takes some 0.1 s a search. threads: that compute at once.
         The rest, and the errors, as for `DelfIndex`. Raises UsageError for a client of Milvus Lite.
         """
         if threads < 1:
@@ -88,17 +95,18 @@ class AsyncDelfIndex:
         )
         pool = ThreadPoolExecutor(threads, "delf-milvus")
         owned: AsyncMilvusClient | None = None
+        home: ClientLoop | None = None
         try:
             if client is None and not connection.is_server(settings.uri):
-                return cls(await _run(pool, made), pool, None, False)
+                return cls(await _run(pool, made), pool)
             where = "the given client's server"
             if client is None:
                 secret = settings.token.get_secret_value()
                 where = connection.server_name(settings.uri, settings.store)
-                client = owned = await _connected(
-                    connection.server_options(settings.uri, secret, settings.store), where
-                )
-            blocking = Blocking(client, asyncio.get_running_loop())
+                options = connection.server_options(settings.uri, secret, settings.store)
+                home = ClientLoop()
+                client = owned = await run_in(home.loop, _connected(options, where))
+            blocking = Blocking(client, home.loop if home else asyncio.get_running_loop())
 
             def opened() -> DelfIndex:
                 database = connection.adopt(blocking, settings.store.timeout, where)
@@ -108,11 +116,13 @@ class AsyncDelfIndex:
                     )
                 return made(client=database)
 
-            return cls(await _run(pool, opened), pool, client, owned is not None)
+            return cls(await _run(pool, opened), pool, client, home)
         except BaseException:
             pool.shutdown(wait=False)
-            if owned is not None:
-                await owned.close()
+            if home is not None:
+                if owned is not None:
+                    await run_in(home.loop, owned.close())
+                await home.close()
             raise
 
     @property
@@ -227,8 +237,9 @@ class AsyncDelfIndex:
             await _run(self._pool, self._index.close)
         finally:
             self._pool.shutdown(wait=False)
-            if self._owned and self._client is not None:
-                await self._client.close()
+            if self._home is not None and self._client is not None:
+                await run_in(self._home.loop, self._client.close())
+                await self._home.close()
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         if self._closing is not None:
