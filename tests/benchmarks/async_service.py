@@ -27,7 +27,7 @@ from delf_milvus import AsyncDelfIndex, DelfIndex, Settings
 from delf_milvus.settings import ExtractSettings
 from delf_milvus.store.records import ImageRecord
 
-IMAGES, FEATURES, SEARCHES, THREADS = 200, 500, 40, 4
+IMAGES, FEATURES, SEARCHES, THREADS = 100, 500, 32, 4
 
 
 async def serve(settings: Settings) -> tuple[float, list[float]]:
