@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from delf_milvus.async_index import AsyncDelfIndex
     from delf_milvus.errors import DelfMilvusError
     from delf_milvus.features import Features
     from delf_milvus.index import DelfIndex
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from delf_milvus.store.records import ImageRecord
 
 __all__ = [
+    "AsyncDelfIndex",
     "DelfIndex",
     "DelfMilvusError",
     "Features",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncDelfIndex": "async_index",
     "DelfIndex": "index",
     "DelfMilvusError": "errors",
     "Features": "features",

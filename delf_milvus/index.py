@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from delf_milvus.errors import InputError, ModelError, NotFoundError, UsageError, one_line
-from delf_milvus.features import Box, clipped_box
+from delf_milvus.errors import CollectionError, InputError, ModelError, NotFoundError, UsageError, one_line
+from delf_milvus.features import Box, Features, clipped_box
 from delf_milvus.imaging.decode import Source, decode, source_digest
 from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
+from delf_milvus.ingestion.reindex import ReindexReport, reindex
 from delf_milvus.ingestion.scan import read_listing, scan
 from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
 from delf_milvus.retrieval.confidence import Calibration
-from delf_milvus.retrieval.search import Candidate, SearchResult, Timings, answer
-from delf_milvus.settings import Profile, Settings
+from delf_milvus.retrieval.search import Candidate, Hit, SearchResult, Timings, answer
+from delf_milvus.settings import Profile, SearchSettings, Settings
+from delf_milvus.store.connection import Connection
 from delf_milvus.store.doctor import Check, examine
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.filters import Filter
@@ -51,7 +53,7 @@ class DelfIndex:
     def __init__(
         self,
         *,
-        client: MilvusClient | None = None,
+        client: MilvusClient | Connection | None = None,
         collection: str | None = None,
         model: str | Path | None = None,
         settings: Settings | None = None,
@@ -95,16 +97,10 @@ class DelfIndex:
         any_model: bool = False,
     ) -> DelfIndex:
         """Open the database at `uri`: a path (embedded) or http(s)://host:port; the rest as for the constructor."""
-        settings = settings or Settings()
-        changes: dict[str, Any] = {}
-        if uri is not None:
-            changes["uri"] = str(uri)
-        if token is not None:
-            changes["token"] = type(settings.token)(token)
         return cls(
             collection=collection,
             model=model,
-            settings=settings.model_copy(update=changes),
+            settings=(settings or Settings()).with_database(None if uri is None else str(uri), token),
             create=create,
             any_model=any_model,
         )
@@ -147,6 +143,45 @@ class DelfIndex:
             self._added = False
         return report
 
+    def reindex(
+        self,
+        *,
+        allow_missing: bool = False,
+        drop_old: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> ReindexReport:
+        """Rebuild the collection for the model of this index, which was opened with `any_model`, and switch to it.
+
+        The photos are read again from where they were ingested from. Indexes that are open on the old generation go on
+        reading it; new ones find the new generation, and so does this one afterwards. Nothing is switched while photos
+        are missing, unless `allow_missing`. drop_old: drop every other generation in the end. A collection of this
+        model already is left as it is.
+
+        Raises CollectionError where the database has no aliases, DatabaseError.
+        """
+        old, fingerprint = self._store, self._matcher.fingerprint
+        if old.stored_fingerprint is None:
+            raise CollectionError("There is no collection to rebuild yet; run `delf-milvus ingest FOLDER` first.")
+        if old.stored_fingerprint == fingerprint:
+            report = ReindexReport(old.generation, old.generation, images=old.count_images(), switched=True)
+        else:
+            plan = self.settings.extract.plan
+            new = old.rebuilt(fingerprint, plan.stored_features)
+            report = reindex(
+                old,
+                new,
+                lambda: self._matcher.extractor,
+                fingerprint,
+                self.settings,
+                allow_missing=allow_missing,
+                progress=progress,
+            )
+            if report.switched:
+                self._store = new
+        if drop_old and report.switched:
+            report.dropped = self._store.drop_others()
+        return report
+
     def add(self, image: Source, image_id: str, metadata: Mapping[str, Any] | None = None, uri: str = "") -> int:
         """Store one photo (path, bytes, PIL image or RGB uint8 array (H, W, 3)), replacing what has its id.
 
@@ -186,6 +221,23 @@ class DelfIndex:
         Raises ImageError when the photo cannot be decoded, UsageError for a box outside of it or a filter that does not
         fit the collection, DatabaseError.
         """
+        query = self.query(image, top_k, box)
+        if not len(query.features):
+            return query.result([])
+        hits = answer(
+            query.features,
+            _StoreSource(self._store, filter),
+            query.search,
+            self.settings.verify,
+            self._matcher.calibration,
+            query.timings,
+            query_box=query.box,
+            include_unverified=include_unverified,
+        )
+        return query.result(hits)
+
+    def query(self, image: Source, top_k: int | None = None, box: Box | None = None) -> Query:
+        """The first stage of `search`, which needs no database: arguments and errors as there."""
         timings = Timings()
         with timings.measure("decode"):
             photo = self._matcher.decode(image)
@@ -196,25 +248,13 @@ class DelfIndex:
             if top_k < 1:
                 raise UsageError(f"The number of answers must be at least 1, not {top_k}.")
             search = search.model_copy(update={"top": top_k})
-        hits = []
-        if len(features):
-            hits = answer(
-                features,
-                _StoreSource(self._store, filter),
-                search,
-                self.settings.verify,
-                self._matcher.calibration,
-                timings,
-                query_box=clipped_box(box, features.width, features.height),
-                include_unverified=include_unverified,
-            )
-        return SearchResult(
-            query=str(image) if isinstance(image, str | Path) else "",
+        return Query(
+            name=str(image) if isinstance(image, str | Path) else "",
             model=self._matcher.fingerprint.short,
-            matched=any(hit.verified for hit in hits),
-            hits=hits,
+            features=features,
+            search=search,
+            box=clipped_box(box, features.width, features.height),
             timings=timings,
-            query_features=len(features),
         )
 
     def match(self, first: Source, second: Source) -> PairResult:
@@ -372,6 +412,40 @@ class DelfIndex:
         self.close()
 
 
+@dataclass(frozen=True, eq=False)
+class Query:
+    """A query photo after extraction, and how it is searched for.
+
+    name: its path, or "". model: short fingerprint. box: the part searched for, pixels of the photo.
+    """
+
+    name: str
+    model: str
+    features: Features
+    search: SearchSettings
+    box: Box
+    timings: Timings
+
+    def result(self, hits: list[Hit]) -> SearchResult:
+        """The answer with these hits."""
+        return SearchResult(
+            query=self.name,
+            model=self.model,
+            matched=any(hit.verified for hit in hits),
+            hits=hits,
+            timings=self.timings,
+            query_features=len(self.features),
+        )
+
+
+def candidates_of(stored: Mapping[int, tuple[ImageRecord, Features]]) -> dict[int, Candidate]:
+    """What the store returns as what the search takes, by image key."""
+    return {
+        key: Candidate(record.image_id, record.uri, features, record.metadata)
+        for key, (record, features) in stored.items()
+    }
+
+
 class _StoreSource:
     """The store as the search sees it."""
 
@@ -385,11 +459,7 @@ class _StoreSource:
         return self._store.neighbours(descriptors, k, self._where)
 
     def candidates(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Candidate]:
-        stored = self._store.stored(image_keys)
-        return {
-            key: Candidate(record.image_id, record.uri, features, record.metadata)
-            for key, (record, features) in stored.items()
-        }
+        return candidates_of(self._store.stored(image_keys))
 
 
 def _file_name(image_id: str) -> str:

@@ -110,9 +110,27 @@ class ExtractSettings(_Stage):
         )
 
 
-class StoreSettings(_Stage):
-    """How the database is used."""
+class TlsSettings(_Stage):
+    """Certificates of a connection to an https:// address, PEM files. Without any, public authorities are trusted."""
 
+    ca: Path | None = Field(None, description="Certificate of the authority that signed the server's certificate.")
+    cert: Path | None = Field(None, description="Client certificate, where the server asks for one; needs key and ca.")
+    key: Path | None = Field(None, description="Private key of the client certificate.")
+    server_name: str = Field("", description="Name in the server's certificate, where it is not that of the address.")
+
+
+class StoreSettings(_Stage):
+    """How the database is reached and used."""
+
+    db_name: str = Field("", description="Database on the server; empty is what the address names, or the default.")
+    user: str = Field("", description="User of the server; instead of a token.")
+    password: SecretStr = Field(SecretStr(""), description="That user's password.")
+    tls: TlsSettings = TlsSettings()
+    consistency: Literal["strong", "session", "bounded", "eventually"] = Field(
+        "session",
+        description="What searches see: session is what this process wrote, and of others all but the last moments; "
+        "strong waits for everything; bounded and eventually wait for nothing. What decides a write is always strong.",
+    )
     profile: Profile = Field("auto", description="Index of the descriptors; auto picks by backend and size.")
     nlist: int | None = Field(
         None, ge=1, le=65536, description="Lists of an IVF index in each segment; chosen from its rows by default."
@@ -222,6 +240,15 @@ class Settings(BaseSettings):
     ingest: IngestSettings = IngestSettings()
     search: SearchSettings = SearchSettings()
     verify: VerifySettings = VerifySettings()
+
+    def with_database(self, uri: str | None, token: str | None) -> Settings:
+        """A copy with another database and token, where they are given."""
+        changes: dict[str, Any] = {}
+        if uri is not None:
+            changes["uri"] = uri
+        if token is not None:
+            changes["token"] = SecretStr(token)
+        return self.model_copy(update=changes)
 
     @classmethod
     def settings_customise_sources(

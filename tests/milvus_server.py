@@ -3,6 +3,7 @@
 The first is the wheel `milvus==2.3.5` (Linux x86-64), as its own process. It is old and for tests only. What matters:
 - `localStorage.path` must be relative: with the wheel's default, a query that returns vectors deletes the raw vectors.
 - SIGTERM takes it more than a minute, and nothing acknowledged is lost by SIGKILL: it is killed, by its own pid.
+- The ports that the wheel looks for are the same in every process that looks at that time: it gets ports from here.
 - Its embedded etcd would take the ports 2379 and 2380, whoever has them already: it gets a configuration of its own.
 """
 
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -102,15 +104,23 @@ class DockerServer:
 
 
 class WheelServer:
-    """The server of the wheel in a folder of its own, on free ports of the loopback interface."""
+    """The server of the wheel in a folder of its own, on free ports of the loopback interface.
 
-    def __init__(self, folder: Path) -> None:
+    config: values of the wheel's template, by its names.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, str | int | bool] | None = None) -> None:
         from milvus import MilvusServer
 
         self._folder = folder
         self.storage = folder / "data"
         unpacked = MilvusServer(data_dir=str(folder))
+        names = [name for name in unpacked.config.configurable_items if name.endswith("_port")]
+        unpacked.webservice_port, *ports = free_ports(1 + len(names))
+        unpacked.config.update(**dict(zip(names, ports, strict=True)))
         unpacked.config.set("localStorage.path", "data")
+        for name, value in (config or {}).items():
+            unpacked.config.set(name, value)
         etcd = _etcd_config(folder / "etcd.yaml")
         text = unpacked.config.template_text
         text = text.replace("\netcd:\n", f"\netcd:\n  config:\n    path: {etcd}\n", 1)
@@ -168,11 +178,17 @@ class WheelServer:
             return False
 
 
-def _etcd_config(path: Path) -> Path:
-    with socket.socket() as client, socket.socket() as peer:
-        for one in (client, peer):
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on now."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
             one.bind(("127.0.0.1", 0))
-        urls = [f"http://127.0.0.1:{one.getsockname()[1]}" for one in (client, peer)]
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _etcd_config(path: Path) -> Path:
+    urls = [f"http://127.0.0.1:{port}" for port in free_ports(2)]
     path.write_text(
         f"name: default\nlisten-client-urls: {urls[0]}\nadvertise-client-urls: {urls[0]}\n"
         f"listen-peer-urls: {urls[1]}\ninitial-advertise-peer-urls: {urls[1]}\ninitial-cluster: default={urls[1]}\n"

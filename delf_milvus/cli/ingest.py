@@ -48,7 +48,7 @@ def ingest(
         "extract": {"preset": preset},
         "store": {"fields": _declarations(field or []) or None, "tenant_field": tenant_field},
     }
-    with state.open(stages, create=not dry_run) as index, _Bar(show_progress(state.quiet)) as bar:
+    with state.open(stages, create=not dry_run) as index, Bar(show_progress(state.quiet), "ingest") as bar:
         report = index.ingest(
             paths, id_prefix=id_prefix, ids_from=ids_from, prune=prune, dry_run=dry_run, progress=bar.update
         )
@@ -87,15 +87,16 @@ def _tell(report: IngestReport, json: bool, quiet: bool, dry_run: bool) -> None:
     )
 
 
-class _Bar:
+class Bar:
     """A progress bar on stderr: photos done, failures so far, photos a second, time left."""
 
-    def __init__(self, visible: bool) -> None:
+    def __init__(self, visible: bool, task: str) -> None:
         self._visible = visible
+        self._name = task
         self._bar: Any = None
         self._task: Any = None
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         if self._visible:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -111,7 +112,7 @@ class _Bar:
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task("ingest", total=None, rate="", failed="")
+            self._task = self._bar.add_task(self._name, total=None, rate="", failed="")
         return self
 
     def update(self, progress: Progress) -> None:

@@ -8,11 +8,11 @@ import sys
 import warnings
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from delf_milvus.cli import config, data, index, ingest, manage, operate, search, train
+from delf_milvus.cli import config, data, index, ingest, manage, operate, reindex, search, train
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
@@ -29,6 +29,7 @@ app = typer.Typer(
     ),
 )
 app.command("ingest")(ingest.ingest)
+app.command("reindex")(reindex.reindex)
 app.command("search")(search.search)
 app.command("match")(search.match)
 for command in (manage.status, manage.list_images, manage.show, manage.delete):
@@ -56,6 +57,7 @@ def root(
         typer.Option(help="A path ending in .db (embedded) or http(s)://host:port. Default: delf_milvus.db"),
     ] = None,
     token: Annotated[str | None, typer.Option(help="Token, or user:password, of a server.")] = None,
+    db: Annotated[str | None, typer.Option(help="Database on the server. Default: the server's own")] = None,
     collection: Annotated[str | None, typer.Option(help="Name of the collection. Default: delf")] = None,
     tenant: Annotated[str | None, typer.Option(help="Whose images, in a collection with tenants.")] = None,
     model: Annotated[str | None, typer.Option(help="Weight file (.safetensors). Default: the bundled model")] = None,
@@ -67,10 +69,10 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    flags = {"uri": uri, "token": token, "collection": collection, "model": model, "store": {"tenant": tenant}}
-    context.obj = State(
-        {name: value for name, value in flags.items() if value is not None}, config, json, quiet, verbose
-    )
+    flags = {"uri": uri, "token": token, "collection": collection, "model": model}
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    given["store"] = {"db_name": db, "tenant": tenant}
+    context.obj = State(given, config, json, quiet, verbose)
     _set_up_logging(quiet, verbose)
 
 
@@ -93,6 +95,8 @@ def run() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     # Threads that wait by spinning starve the ones that decode and write, tenfold where other programs run too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A refused certificate is told in our sentence; gRPC's core would print it too.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         app()
     except DelfMilvusError as error:

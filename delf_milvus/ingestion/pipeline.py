@@ -244,8 +244,9 @@ def _prepare(
             image_id=photo.image_id,
             uri=str(photo.path),
             sha256=content_digest(data),
-            root=str(photo.root),
+            root=str(photo.root) if photo.root.is_absolute() else "",
             metadata=dict(metadata),
+            ingested_at=photo.ingested_at,
         )
     )
     if stored is None:

@@ -35,14 +35,15 @@ MAX_LISTING_BYTES = 1 << 28
 class Photo:
     """A file to ingest.
 
-    path: absolute. root: the folder that was given (of a file that was given, the folder it lies in), absolute.
-    metadata: from the listing.
+    path: absolute. root: the folder that was given (of a file that was given, the folder it lies in), absolute; not
+    absolute for none. metadata: from the listing. ingested_at: when it was ingested first, or "" for now.
     """
 
     path: Path
     image_id: str
     root: Path
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    ingested_at: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The search of one query photo: vote, fetch, match, verify, rank, judge.
 
 The database is behind two calls (`CandidateSource`), so that the same search runs over Milvus, over arrays in memory
-and over whatever a test needs.
+and over whatever a test needs. Who must wait for the database otherwise, calls the stages between: `vote`, `judge` and
+`hits_of`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.matching import Matches, match_many
 from delf_milvus.retrieval.ranking import combined_scores
 from delf_milvus.retrieval.verification import Keypoints, Verification, matched_box, verify_many
-from delf_milvus.retrieval.voting import vote
+from delf_milvus.retrieval.voting import Votes, vote
 from delf_milvus.settings import SearchSettings, VerifySettings
 
 Transform = list[list[float]]
@@ -165,11 +166,23 @@ def judge_candidates(
     with timings.measure("vote"):
         votes = vote(keys, similarities)
     with timings.measure("geometry"):
-        images = votes.images[: search.candidates]
-        stored = source.candidates(images)
-        # A feature without its image row is what a crash left: that image does not exist.
-        rows = [row for row, image in enumerate(images.tolist()) if image in stored]
-        candidates = [stored[int(images[row])] for row in rows]
+        stored = source.candidates(votes.images[: search.candidates])
+    return judge(query, votes, stored, search, verify, timings)
+
+
+def judge(
+    query: Features,
+    votes: Votes,
+    stored: Mapping[int, Candidate],
+    search: SearchSettings,
+    verify: VerifySettings,
+    timings: Timings,
+) -> Judgement:
+    """Match and verify the images with the most votes; `stored` has those of them that exist, by image key."""
+    images = votes.images[: search.candidates].tolist()
+    # A feature without its image row is what a crash left: that image does not exist.
+    rows = [row for row, image in enumerate(images) if image in stored]
+    candidates = [stored[images[row]] for row in rows]
     with timings.measure("match"):
         if search.mode == "full":
             matches = match_many(query.descriptors, [c.features.descriptors for c in candidates], verify.similarity)
@@ -212,6 +225,22 @@ def answer(
     query_box: the part of the query photo that was searched for, x0, y0, x1, y1.
     """
     judged = judge_candidates(query, source, search, verify, timings)
+    return hits_of(
+        query, judged, search, verify, calibration, query_box=query_box, include_unverified=include_unverified
+    )
+
+
+def hits_of(
+    query: Features,
+    judged: Judgement,
+    search: SearchSettings,
+    verify: VerifySettings,
+    calibration: Calibration,
+    *,
+    query_box: Box,
+    include_unverified: bool = False,
+) -> list[Hit]:
+    """The hits among judged candidates; arguments and order as of `answer`."""
     confidence = calibration.confidence(judged.inliers)
     verified = confidence >= 1 - verify.max_false_alarm
     order = [i for i in range(len(verified)) if verified[i]]

@@ -31,6 +31,7 @@ from delf_milvus.settings import StoreSettings
 from delf_milvus.store.columns import Columns
 from delf_milvus.store.connection import Connection
 from delf_milvus.store.keys import Int64Array
+from delf_milvus.store.profiles import Engine
 from delf_milvus.store.schema import CollectionSpec
 
 log = logging.getLogger(__name__)
@@ -58,13 +59,13 @@ class BulkImport:
         self._running: dict[int, str] = {}
         self._probes: list[Int64Array] = []
         self._primary = ""
-        self._recovered = database.backend == "lite"
+        self._recovered = database.backend == "lite" or not database.plain
         self._storage: _Storage | None = None
 
     @property
     def enabled(self) -> bool:
         """Whether this backend and these settings allow imports."""
-        return self._db.backend == "server" and bool(self._settings.bulk_storage)
+        return self._db.backend == "server" and self._db.plain and bool(self._settings.bulk_storage)
 
     def recover(self) -> None:
         """Wait, once, for imports that a killed writer may have left to the server, and load what they brought.
@@ -151,9 +152,7 @@ class BulkImport:
     @property
     def _as_parquet(self) -> bool:
         """Old servers read .npy files three times as fast; of new ones Parquet is the format that is cared for."""
-        numbers = self._db.version.removeprefix("Milvus ").split("-")[0].split(".")
-        version = tuple(int(part) for part in numbers[:2] if part.isdigit())
-        return version >= _PARQUET_FROM
+        return Engine.of(self._db.version).release >= _PARQUET_FROM
 
     @property
     def _handler(self) -> Any:

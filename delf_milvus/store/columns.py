@@ -7,6 +7,7 @@ protobuf is the array's little-endian bytes behind a length.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,6 +66,10 @@ def write_columns(database: Connection, name: str, spec: CollectionSpec, columns
         primary = next(field.name for field in spec.fields if field.primary)
         database.call("deleting", database.client.delete, name, ids=columns[primary].tolist())
         replaces = True
+    if not database.plain:
+        write = database.client.insert if replaces else database.client.upsert
+        database.call("writing", write, name, _rows(spec, columns))
+        return
     request = (milvus_pb2.InsertRequest if replaces else milvus_pb2.UpsertRequest)(
         collection_name=name,
         num_rows=length(columns),
@@ -74,13 +79,23 @@ def write_columns(database: Connection, name: str, spec: CollectionSpec, columns
         free = request.fields_data.add(field_name=METADATA, is_dynamic=True, type=int(DataType.JSON))
         free.scalars.json_data.data.extend(text.encode() for text in columns[METADATA].tolist())
     client = database.client
-    handler = client._get_connection()
     # A request that is ready needs no schema, but without one the handler would ask the server for it.
     ready = {"schema": {"fields": []}, "context": client._generate_call_context()}
     if replaces:
-        database.call("writing", handler.batch_insert, name, [], insert_param=request, **ready)
+        database.call("writing", client._get_connection().batch_insert, name, [], insert_param=request, **ready)
     else:
-        database.call("writing", handler.upsert, name, [], upsert_param=request, **ready)
+        database.call("writing", client._get_connection().upsert, name, [], upsert_param=request, **ready)
+
+
+def _rows(spec: CollectionSpec, columns: Columns) -> list[dict[str, Any]]:
+    """The rows as the client's own methods take them."""
+    names = [field.name for field in spec.fields]
+    values = [columns[name] if columns[name].ndim > 1 else columns[name].tolist() for name in names]
+    free = columns[METADATA].tolist() if spec.dynamic else ["{}"] * length(columns)
+    return [
+        {**json.loads(text), **dict(zip(names, row, strict=True))}
+        for text, row in zip(free, zip(*values, strict=True), strict=True)
+    ]
 
 
 def _field_data(field: Field, values: npt.NDArray[Any]) -> Any:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delf_milvus.errors import CollectionError, DatabaseError, UsageError
+from delf_milvus.settings import StoreSettings, TlsSettings
 from delf_milvus.store.profiles import Backend
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ _PASSING = frozenset((4, 8, 12, 103, 106, 110, 202, 401, 502, 503, 901, 902, 903
 _STARTING = "unrecoverable error"
 _ATTEMPTS_PAST_DEADLINE = 2
 _OLDEST_SERVER = (2, 3)
+_DATABASE_NOT_FOUND = 800
+_NOT_AUTHENTICATED = 1400
+_NOT_PERMITTED = 1401
 _LITE = "milvus_lite-"
 
 # gRPC would send even a loopback connection through a proxy that the environment names; and it would ping the embedded
@@ -96,7 +100,8 @@ class Connection:
 
     client: the pymilvus client. backend: "lite" or "server". version: "Milvus Lite 3.2.2" or "Milvus 2.6.4".
     where: path or address for messages, without secrets. timeout: seconds for an answer. retry_seconds: how long `call`
-    repeats a call. write_lock: held by one writer of an embedded database.
+    repeats a call. write_lock: held by one writer of an embedded database. plain: whether the client is pymilvus's own
+    blocking one, which has ways to send that its public methods lack.
 
     Raises DatabaseError for a server that does not answer, or that is too old.
     """
@@ -111,7 +116,10 @@ class Connection:
         owned: bool,
         retry_seconds: float = 0.0,
     ) -> None:
+        from pymilvus import MilvusClient as Client
+
         self.client = client
+        self.plain = isinstance(client, Client)
         self.where = where
         self.timeout = timeout
         self.retry_seconds = retry_seconds
@@ -121,6 +129,9 @@ class Connection:
         self.write_lock = _write_locks.setdefault(embedded, threading.RLock()) if embedded else threading.RLock()
         with self.asking("reading its version"):
             version = str(client.get_server_version(timeout=timeout))
+        with self.asking("opening it"):
+            # In a database that does not exist pymilvus says of every collection merely that it is absent.
+            client.list_collections(timeout=timeout)
         self.backend: Backend = "lite" if version.startswith(_LITE) else "server"
         self.version = (
             f"Milvus Lite {version.removeprefix(_LITE)}" if self.backend == "lite" else f"Milvus {version.lstrip('v')}"
@@ -135,7 +146,7 @@ class Connection:
     @contextmanager
     def asking(self, doing: str) -> Iterator[None]:
         """Around every call of the client: raises DatabaseError or CollectionError for whatever it raises."""
-        with _asking_milvus(self.where, doing, self.timeout):
+        with asking_milvus(self.where, doing, self.timeout):
             yield
 
     def call(self, doing: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -198,10 +209,12 @@ class Connection:
                         server_manager_instance.release_server(self._embedded)
 
 
-def adopt(client: MilvusClient, timeout: float, retry_seconds: float = 0.0) -> Connection:
-    """A connection over a client that somebody else opened and will close."""
+def adopt(
+    client: Any, timeout: float, where: str = "the given client's server", retry_seconds: float = 0.0
+) -> Connection:
+    """A connection over a client (or what acts as one) that somebody else opened and will close."""
     _silence()
-    return Connection(client, "the given client's server", timeout, owned=False, retry_seconds=retry_seconds)
+    return Connection(client, where, timeout, owned=False, retry_seconds=retry_seconds)
 
 
 def is_server(uri: str) -> bool:
@@ -214,30 +227,89 @@ def embedded_exists(uri: str) -> bool:
     return os.path.isdir(_checked_path(uri))
 
 
-def connect(uri: str, token: str, timeout: float, retry_seconds: float = 0.0) -> Connection:
+def server_options(uri: str, token: str, settings: StoreSettings) -> dict[str, Any]:
+    """What the constructor of pymilvus's clients takes for this server; raises UsageError for what makes no sense."""
+    if not re.match(r"(https?|tcp)://.|unix:.", uri):
+        raise UsageError(f"{shown(uri)!r} is no address of a Milvus server: it starts with http:// or https://.")
+    password = settings.password.get_secret_value()
+    if bool(settings.user) != bool(password):
+        raise UsageError("store.user and store.password belong together: set both, or a token.")
+    if token and settings.user:
+        raise UsageError("Give a token, or store.user and store.password, not both.")
+    return {
+        "uri": uri,
+        "token": token,
+        "user": settings.user,
+        "password": password,
+        "db_name": settings.db_name,
+        "timeout": min(settings.timeout, _CONNECT_SECONDS),
+        # Not shared with other users of pymilvus in this process, who could close it.
+        "dedicated": True,
+        **_tls_options(uri, settings.tls),
+    }
+
+
+def _tls_options(uri: str, tls: TlsSettings) -> dict[str, str]:
+    given = [name for name, value in tls if value]
+    if not given:
+        return {}
+    if not uri.startswith("https://"):
+        raise UsageError(f"store.tls.{given[0]} needs an address that starts with https://, not {shown(uri)!r}.")
+    # pymilvus would leave an incomplete set out without a word.
+    if bool(tls.cert) != bool(tls.key) or (tls.cert and not tls.ca):
+        raise UsageError("A client certificate needs all of store.tls.ca, store.tls.cert and store.tls.key.")
+    for name in ("ca", "cert", "key"):
+        path = getattr(tls, name)
+        if path is None:
+            continue
+        try:
+            with open(path, "rb") as file:
+                is_pem = b"-----BEGIN " in file.read(1_000_000)
+        except OSError as error:
+            raise UsageError(f"store.tls.{name}, {path}, cannot be read: {error.strerror}.") from None
+        if not is_pem:
+            raise UsageError(f"store.tls.{name}, {path}, is no PEM file.")
+    if tls.cert:
+        options = {"ca_pem_path": tls.ca, "client_pem_path": tls.cert, "client_key_path": tls.key}
+    else:
+        options = {"server_pem_path": tls.ca}
+    return {
+        **{name: str(path) for name, path in options.items() if path},
+        **({"server_name": tls.server_name} if tls.server_name else {}),
+    }
+
+
+def server_name(uri: str, settings: StoreSettings) -> str:
+    """The address and database of a server for messages, without secrets."""
+    return shown(uri).rstrip("/") + (f"/{settings.db_name}" if settings.db_name else "")
+
+
+def connect(uri: str, token: str, settings: StoreSettings) -> Connection:
     """Connect to a server, or start or join the embedded database at a path (it is created if absent).
 
-    retry_seconds: of a server; an embedded database is never away.
-
-    Raises UsageError for a uri that is neither, DatabaseError for a server that does not answer within ten seconds (or
-    `timeout`), a path that cannot be a database, or one that another process has open.
+    Raises UsageError for a uri that is neither and for TLS settings that do not fit together, DatabaseError for a
+    server that does not answer within ten seconds (or `settings.timeout`) or refuses who asks, a path that cannot be a
+    database, or one that another process has open.
     """
     from pymilvus import MilvusClient
 
     _silence()
+    timeout = settings.timeout
     patience = min(timeout, _CONNECT_SECONDS)
     if is_server(uri):
-        if not re.match(r"(https?|tcp)://.|unix:.", uri):
-            raise UsageError(f"{shown(uri)!r} is no address of a Milvus server: it starts with http:// or https://.")
-        with _asking_milvus(shown(uri), "connecting", patience):
-            client = MilvusClient(uri, token=token, timeout=patience, dedicated=True)
-        return Connection(client, shown(uri), timeout, owned=True, retry_seconds=retry_seconds)
+        options, where = server_options(uri, token, settings), server_name(uri, settings)
+        with asking_milvus(where, "connecting", patience):
+            client = MilvusClient(**options)
+        return _checked(client, where, timeout, settings.retry_seconds)
+    _tls_options(uri, settings.tls)
     path = _checked_path(uri)
     with _embedded_guard:
         running = path not in _embedded and _is_locked(path)
         try:
-            with _asking_milvus(uri, "opening it", patience):
-                client = MilvusClient(path, timeout=patience, dedicated=True, grpc_options=_LOOPBACK)
+            with asking_milvus(uri, "opening it", patience):
+                client = MilvusClient(
+                    path, timeout=patience, dedicated=True, db_name=settings.db_name, grpc_options=_LOOPBACK
+                )
         except DatabaseError as error:
             if _is_locked(path):
                 raise DatabaseError(
@@ -251,13 +323,23 @@ def connect(uri: str, token: str, timeout: float, retry_seconds: float = 0.0) ->
     return Connection(client, uri, timeout, embedded=path, owned=True)
 
 
+def _checked(client: MilvusClient, where: str, timeout: float, retry_seconds: float) -> Connection:
+    """A connection of our own over a client that has just been opened, which is closed if it turns out useless."""
+    try:
+        return Connection(client, where, timeout, owned=True, retry_seconds=retry_seconds)
+    except BaseException:
+        client.close()
+        raise
+
+
 def shown(uri: str) -> str:
     """The uri as it may be printed: without user, password, token or query."""
     return re.sub(r"//[^/]*@", "//", uri).partition("?")[0] if is_server(uri) else uri
 
 
 @contextmanager
-def _asking_milvus(where: str, doing: str, timeout: float) -> Iterator[None]:
+def asking_milvus(where: str, doing: str, timeout: float) -> Iterator[None]:
+    """Around every call of a client, sync or async: what it raises becomes DatabaseError or CollectionError."""
     import grpc
     from pymilvus.exceptions import ConnectionConfigException, MilvusException
 
@@ -267,11 +349,23 @@ def _asking_milvus(where: str, doing: str, timeout: float) -> Iterator[None]:
     except ConnectionConfigException as error:
         raise DatabaseError(f"{where} cannot be opened: {_sentence(error.message)}.") from None
     except MilvusException as error:
+        cause = error.__cause__
+        if error.code == _CONNECT_FAILED and isinstance(cause, grpc.RpcError):
+            raise _refused(cause, where, doing, timeout) from None
         if error.code == _NOT_LOADED:
             raise NotLoadedError(f"A collection at {where} was released while {doing}; try again.") from None
         if error.code == _COLLECTION_NOT_FOUND:
             raise CollectionError(
                 f"A collection at {where} is gone while {doing}: somebody else dropped it; ingest again."
+            ) from None
+        if error.code == _NOT_AUTHENTICATED:
+            raise _wrong_secret(where) from None
+        if error.code == _NOT_PERMITTED:
+            raise _not_permitted(where, doing, error.message) from None
+        if error.code == _DATABASE_NOT_FOUND or re.fullmatch(r"database '[^']*' does not exist", error.message):
+            raise DatabaseError(
+                f"{where} cannot be used while {doing}: the server has no such database; create it, or choose another "
+                "with --db."
             ) from None
         if error.code == _CONNECT_FAILED or isinstance(error.code, grpc.StatusCode):
             raise AwayError(f"Cannot reach the database at {where} while {doing}: is it running?") from None
@@ -281,13 +375,45 @@ def _asking_milvus(where: str, doing: str, timeout: float) -> Iterator[None]:
             ) from None
         raise DatabaseError(f"The database at {where} failed while {doing}: {_sentence(error.message)}.") from None
     except grpc.RpcError as error:
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise DeadlineError(f"The database at {where} did not answer within {timeout:g} s while {doing}.") from None
-        raise DatabaseError(
-            f"The database at {where} failed while {doing}: {_sentence(error.details() or error.code().name)}."
-        ) from None
+        raise _refused(error, where, doing, timeout) from None
     finally:
         _asking.reset(mark)
+
+
+def _refused(error: Any, where: str, doing: str, timeout: float) -> DatabaseError:
+    """What a failed call of gRPC means."""
+    import grpc
+
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineError(f"The database at {where} did not answer within {timeout:g} s while {doing}.")
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return _wrong_secret(where)
+    if code is grpc.StatusCode.PERMISSION_DENIED:
+        return _not_permitted(where, doing, details)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        if re.search(r"ssl|certificate|handshake|tls", details, re.IGNORECASE):
+            return DatabaseError(
+                f"No secure connection to {where} while {doing}: it does not speak TLS, or one side does not accept "
+                "the other's certificate; check store.tls.ca, store.tls.cert and store.tls.server_name."
+            )
+        refused = "refused" in details.lower()
+        hint = "" if refused or not where.startswith("http://") else ", and not waiting for https://"
+        return AwayError(f"Cannot reach the database at {where} while {doing}: is it running{hint}?")
+    return DatabaseError(f"The database at {where} failed while {doing}: {_sentence(details or code.name)}.")
+
+
+def _wrong_secret(where: str) -> DatabaseError:
+    return DatabaseError(
+        f"The database at {where} does not accept this token, or user and password: check --token, or store.user and "
+        "store.password."
+    )
+
+
+def _not_permitted(where: str, doing: str, details: str) -> DatabaseError:
+    privilege = re.search(r"Privilege(\w+): permission deny", details)
+    wanted = f"the privilege {privilege[1]}" if privilege else "more privileges"
+    return DatabaseError(f"This user may not do that at {where} while {doing}: it needs {wanted}; ask who runs it.")
 
 
 def _sentence(message: str) -> str:

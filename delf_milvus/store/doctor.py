@@ -19,7 +19,7 @@ import numpy as np
 from delf_milvus.errors import DelfMilvusError
 from delf_milvus.features import Features, Fingerprint
 from delf_milvus.settings import StoreSettings
-from delf_milvus.store import connection, schema
+from delf_milvus.store import connection, generations, schema
 from delf_milvus.store.columns import length, write_columns
 from delf_milvus.store.connection import Connection
 from delf_milvus.store.profiles import METRIC, memory_bytes
@@ -81,9 +81,9 @@ def examine(
     started = time.monotonic()
     try:
         database = (
-            connection.connect(uri, token, settings.timeout, settings.retry_seconds)
+            connection.connect(uri, token, settings)
             if client is None
-            else connection.adopt(client, settings.timeout, settings.retry_seconds)
+            else connection.adopt(client, settings.timeout, retry_seconds=settings.retry_seconds)
         )
     except DelfMilvusError as error:
         yield Check("connection", "fail", str(error), "check --uri and --token, and that the database is running")
@@ -229,7 +229,9 @@ def _clock(database: Connection, created: int, before: float, after: float) -> C
 def _collections(database: Connection, collection: str, fingerprint: Fingerprint | None) -> Iterator[Check]:
     """Both collections: schema, model, index, memory."""
     found: dict[str, dict[str, Any]] = {}
-    names = [collection + schema.FEATURES_SUFFIX, collection + schema.IMAGES_SUFFIX]
+    with database.asking("looking for generations"):
+        base = generations.current(database, collection, database.timeout)
+    names = [base + schema.FEATURES_SUFFIX, base + schema.IMAGES_SUFFIX]
     try:
         for name in names:
             if database.call("looking for the collections", database.client.has_collection, name):

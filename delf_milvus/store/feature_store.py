@@ -11,7 +11,11 @@ Similarities are inner products of unit vectors; larger is nearer. A neighbour w
 between) is to be ignored.
 
 Consistency: reads that decide what is written, and reads of records, are strong. Neighbour searches and reads of packed
-features have the level "Session": they see everything that this process wrote, and what others wrote a moment ago.
+features have the level of the settings, by default "Session": they see everything that this process wrote, and what
+others wrote a moment ago.
+
+A store reads and writes one generation of a collection, the one that was current when it was opened, by the true names
+of its two collections: an alias that moves meanwhile changes nothing for it, except that it writes no more.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ import numpy.typing as npt
 from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.features import MAX_FEATURES, ORDINAL_BITS, Features, Fingerprint, Float32Array
 from delf_milvus.settings import Profile, StoreSettings
-from delf_milvus.store import connection, records, schema, upkeep
+from delf_milvus.store import connection, generations, records, schema, upkeep
 from delf_milvus.store.bulk import BulkImport
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.columns import METADATA, Columns, joined, length, slices, write_columns
@@ -41,7 +45,7 @@ from delf_milvus.store.connection import Connection, NotLoadedError
 from delf_milvus.store.fields import declared
 from delf_milvus.store.filters import Filter, both, expression, quoted
 from delf_milvus.store.fsck import Fsck, FsckReport, Progress
-from delf_milvus.store.hits import PADDING_KEY, PADDING_SIMILARITY, search_arrays
+from delf_milvus.store.hits import joined_hits, search_arrays
 from delf_milvus.store.indexing import NO_INDEX, Indexing, IndexStatus, Watcher
 from delf_milvus.store.keys import IMAGE_KEY_BITS, Int64Array, feature_keys, image_key
 from delf_milvus.store.profiles import INDEX_FROM, memory_bytes
@@ -70,8 +74,9 @@ _SESSION = "Session"
 class StoreStatus:
     """What `status` prints.
 
-    backend: "Milvus Lite 3.2.2". uri: without secrets. collection: the name both collections start with; exists tells
-    whether they do. images, features: rows. index_asked: the setting. index_used, index_params: what is built.
+    backend: "Milvus Lite 3.2.2". uri: without secrets. collection: as asked for; exists tells whether it does.
+    generation: the name that both of its collections start with; alias: the alias that says so, or "" for a collection
+    that was never rebuilt. images, features: rows. index_asked: the setting. index_used, index_params: what is built.
     substitute_for: the index that index_used stands in for because this backend lacks it, or "". index_state: as Milvus
     says. indexed_rows, index_total_rows: how far it is built; what was written a moment ago is in neither.
     memory_bytes: an estimate for the loaded features. fingerprint: of the model that filled the collection. fields:
@@ -82,6 +87,8 @@ class StoreStatus:
     backend: str
     uri: str
     collection: str
+    generation: str
+    alias: str
     exists: bool
     images: int
     features: int
@@ -114,15 +121,21 @@ class FeatureStore:
         settings: StoreSettings,
         max_features: int,
         index_from: int,
+        generation: str | None = None,
     ) -> None:
         self._db = database
         self._client = database.client
         self._collection = collection
-        self._features = collection + schema.FEATURES_SUFFIX
-        self._images = collection + schema.IMAGES_SUFFIX
+        self._generation = generation or generations.current(database, collection, settings.timeout)
+        # A generation that is being made is written before it is the current one.
+        self._is_made = generation is not None
+        self._features = self._generation + schema.FEATURES_SUFFIX
+        self._images = self._generation + schema.IMAGES_SUFFIX
         self._fingerprint = fingerprint
         self._settings = settings
+        self._consistency = settings.consistency.capitalize()
         self._max_features = max_features
+        self._index_from = index_from
         self._tenant = settings.tenant
         tenants = {settings.tenant_field: "text"} if settings.tenant_field else {}
         self._declared = declared({**tenants, **settings.fields})
@@ -147,7 +160,7 @@ class FeatureStore:
         settings: StoreSettings,
         *,
         token: str = "",
-        client: MilvusClient | None = None,
+        client: MilvusClient | Connection | None = None,
         max_features: int = 1000,
         create: bool = True,
         index_from: int = INDEX_FROM,
@@ -168,9 +181,11 @@ class FeatureStore:
             absent = not create and not connection.is_server(uri) and not connection.embedded_exists(uri)
             if absent:
                 raise CollectionError(_absent(collection, uri))
-            database = connection.connect(uri, token, settings.timeout, settings.retry_seconds)
+            database = connection.connect(uri, token, settings)
         else:
-            database = connection.adopt(client, settings.timeout, settings.retry_seconds)
+            adopted = isinstance(client, Connection)
+            patience = settings.retry_seconds
+            database = client if adopted else connection.adopt(client, settings.timeout, retry_seconds=patience)
         try:
             store = cls(database, collection, fingerprint, settings, max_features, index_from)
             if not store._attach() and not create:
@@ -196,6 +211,46 @@ class FeatureStore:
         self.close()
 
     @property
+    def connection(self) -> Connection:
+        """The database, and what is known about it."""
+        return self._db
+
+    @property
+    def generation(self) -> str:
+        """The name that both collections of this store start with: the collection's own, or that of a rebuilt one."""
+        return self._generation
+
+    def rebuilt(self, fingerprint: Fingerprint, max_features: int) -> FeatureStore:
+        """The store that a rebuild for another model fills, over the same connection: a generation of that model that
+        was begun or left, or a new one. Raises CollectionError where the database has no aliases to switch."""
+        facts = self._existing()
+        if facts.tenant_field:
+            raise UsageError(
+                f"The collection {self._collection!r} keeps tenants apart, and a rebuild needs all of them at once: "
+                "ingest each tenant's photos into a new collection with --collection instead."
+            )
+        generation = generations.target(self._db, self._collection, fingerprint, self._generation, self._settings)
+        fields = {field.name: field.declaration for field in facts.declared}
+        settings = self._settings.model_copy(update={"fields": fields})
+        return FeatureStore(
+            self._db, self._collection, fingerprint, settings, max_features, self._index_from, generation
+        )
+
+    def create(self) -> None:
+        """Create the collections where they are absent, which otherwise the first write does."""
+        with self._db.write_lock:
+            self._created()
+
+    def become_current(self) -> None:
+        """From here on the collection is this generation for whoever opens it: one alias is set, in one call."""
+        generations.switch(self._db, self._collection, self._generation, self._settings.timeout)
+        self._is_made = False
+
+    def drop_others(self) -> Ids:
+        """Drop the other generations of the collection, also one that is being made; returns their names."""
+        return generations.drop_others(self._db, self._collection, self._generation, self._settings.timeout)
+
+    @property
     def stored_fingerprint(self) -> Fingerprint | None:
         """Fingerprint of the model that the collection was made with; None while there is no collection."""
         return self._facts.fingerprint if self._facts else None
@@ -218,6 +273,7 @@ class FeatureStore:
             return
         with self._db.write_lock, self._bulk.guarded():
             facts = self._created()
+            self._check_current()
             fingerprint = facts.fingerprint
             complete: dict[int, tuple[ImageRecord, Features]] = {}
             for record, features in latest.values():
@@ -356,6 +412,7 @@ class FeatureStore:
             facts = self._attach()
             if facts is None:
                 return
+            self._check_current()
             names = [field.name for field in facts.declared]
             fields = (*records.RECORD_FIELDS, *names, *keypoint_fields(facts.chunks), "global_descriptor")
             for start in range(0, len(changed), _DESCRIBED):
@@ -380,6 +437,7 @@ class FeatureStore:
     def delete(self, image_ids: Iterable[str]) -> Ids:
         """Delete images: their rows first, then their features. Returns the ids that existed, in the given order."""
         with self._db.write_lock:
+            self._check_current()
             found = {record.key: record for record in self.records(image_ids).values()}
             keys = [feature_keys(key, record.feature_count) for key, record in found.items() if record.feature_count]
             self._written = self._written or bool(found)
@@ -407,44 +465,74 @@ class FeatureStore:
         Raises CollectionError for descriptors of another length, UsageError for a filter that does not fit the
         collection, DatabaseError.
         """
-        count = len(descriptors)
-        keys = np.full((count, k), PADDING_KEY, np.int64)
-        similarities = np.full((count, k), PADDING_SIMILARITY, np.float32)
+        search = partial(search_arrays, self._client)
+        calls = self.neighbour_calls(descriptors, k, where)
+        return joined_hits(
+            [self._reading("searching for neighbours", search, **call) for call in calls], len(descriptors), k
+        )
+
+    def neighbour_calls(self, descriptors: Float32Array, k: int, where: Filter = "") -> list[dict[str, Any]]:
+        """Arguments of the client's `search`, call by call, whose results are read by `hits`; none while there is no
+        collection. Arguments and errors as of `neighbours`."""
         facts = self._attach()
-        if facts is None or count == 0:
-            return keys, similarities
+        if facts is None or not len(descriptors):
+            return []
         if descriptors.shape[1] != facts.fingerprint.dim:
             raise CollectionError(
                 f"The query has descriptors of {descriptors.shape[1]} components, the collection {self._collection!r} "
                 f"of {facts.fingerprint.dim}: search with the model that it was made with."
             )
         queries = np.ascontiguousarray(descriptors, dtype=np.float32)
-        condition = both(self._of_tenant(facts), expression(where, facts.declared))
         if self._features not in self._loaded:
             self._load(self._features)
-        params = self._indexing.search_params(k)
+        common = {
+            "collection_name": self._features,
+            "anns_field": "descriptor",
+            "limit": k,
+            "filter": both(self._of_tenant(facts), expression(where, facts.declared)),
+            "search_params": self._indexing.search_params(k),
+            # Without any output field Milvus Lite would return all of them.
+            "output_fields": ["feature_key"] if self._db.backend == "lite" else [],
+            "consistency_level": self._consistency,
+        }
         step = max(1, min(_QUERIES, _HITS // k))
-        for start in range(0, count, step):
-            part = slice(start, start + step)
-            keys[part], similarities[part] = self._search(queries[part], k, params, condition)
-        return keys, similarities
+        return [{**common, "data": list(queries[start : start + step])} for start in range(0, len(queries), step)]
 
     def stored(self, image_keys: Iterable[int]) -> dict[int, tuple[ImageRecord, Features]]:
         """Record and packed features of those of the images that exist, by image key, in the given order.
 
         Keypoints and descriptors are rounded as `codec` says. Raises DatabaseError, also for damaged features.
         """
+        wanted = [int(key) for key in image_keys]
+        calls = self.stored_calls(wanted)
+        return self.stored_answer(wanted, [self._reading("reading images", self._client.get, **call) for call in calls])
+
+    def stored_calls(self, image_keys: Sequence[int]) -> list[dict[str, Any]]:
+        """Arguments of the client's `get`, call by call, whose results `stored_answer` reads."""
         facts = self._attach()
         if facts is None:
-            return {}
-        wanted = [int(key) for key in image_keys]
-        fields = (*records.record_fields(facts), *schema.keypoint_fields(facts.chunks))
-        rows = self._rows(wanted, fields, _SESSION)
+            return []
+        if self._images not in self._loaded:
+            self._load(self._images)
+        fields = (*records.record_fields(facts), *keypoint_fields(facts.chunks))
+        return _get_calls(self._images, "image_key", image_keys, fields, self._consistency)
+
+    def stored_answer(
+        self, image_keys: Sequence[int], results: Iterable[Sequence[Row]]
+    ) -> dict[int, tuple[ImageRecord, Features]]:
+        """What `stored` returns, from the results of `stored_calls`."""
+        rows, facts = _by_primary("image_key", results), self._facts
         return {
             key: (records.record_of(rows[key], facts.tenant_field), records.features_of(rows[key], facts.chunks))
-            for key in wanted
-            if key in rows
+            for key in image_keys
+            if facts is not None and key in rows
         }
+
+    def reload(self) -> None:
+        """Load the collections again after somebody released them; waits for a writer that exchanges an index."""
+        with self._db.write_lock:
+            for name in (self._features, self._images):
+                self._db.patiently(partial(self._load, name))
 
     def count_images(self) -> int:
         """Images in the collection."""
@@ -465,6 +553,8 @@ class FeatureStore:
             backend=self._db.version,
             uri=self._db.where,
             collection=self._collection,
+            generation=self._generation,
+            alias=generations.alias_of(self._collection) if self._generation != self._collection else "",
             exists=facts is not None,
             images=images,
             features=features,
@@ -620,6 +710,17 @@ class FeatureStore:
         self._attached = True
         return self._facts
 
+    def _check_current(self) -> None:
+        """Raise CollectionError where the collection was rebuilt since this store was opened: nobody would see what is
+        written to the old generation."""
+        if not self._is_made and generations.current(self._db, self._collection, self._settings.timeout) != (
+            self._generation
+        ):
+            raise CollectionError(
+                f"The collection {self._collection!r} at {self._db.where} was rebuilt for another model meanwhile: "
+                "open it again to write."
+            )
+
     def _checked(self, name: str, properties: Mapping[str, str]) -> CollectionFacts:
         if schema.PROPERTY not in properties:
             raise CollectionError(
@@ -708,7 +809,10 @@ class FeatureStore:
                 name,
                 schema=schema.to_pymilvus(spec),
                 index_params=self._indexing.params(name, self._indexing.profile(name, 0), spec.filtered),
-                properties={schema.PROPERTY: facts.to_json()},
+                properties={
+                    schema.PROPERTY: facts.to_json(),
+                    **generations.properties(self._collection, self._generation),
+                },
                 consistency_level=_SESSION,
                 timeout=self._settings.timeout,
             )
@@ -722,35 +826,17 @@ class FeatureStore:
         self._indexing.load(name)
         self._loaded.add(name)
 
-    def _reading(self, doing: str, read: Any, name: str, *arguments: Any, **options: Any) -> Any:
+    def _reading(self, doing: str, read: Any, collection_name: str, *arguments: Any, **options: Any) -> Any:
         """Call the client for a loaded collection; where somebody released it meanwhile, load it and call again."""
-        if name not in self._loaded:
-            self._load(name)
+        if collection_name not in self._loaded:
+            self._load(collection_name)
         try:
-            return self._db.call(doing, read, name, *arguments, **options)
+            return self._db.call(doing, read, collection_name, *arguments, **options)
         except NotLoadedError:
             # An index that is being exchanged must stay released until that is done: wait for the writer.
             with self._db.write_lock:
-                self._db.patiently(partial(self._load, name))
-            return self._db.call(doing, read, name, *arguments, **options)
-
-    def _search(
-        self, queries: Float32Array, k: int, params: dict[str, Any], condition: str = ""
-    ) -> tuple[Int64Array, Float32Array]:
-        found: tuple[Int64Array, Float32Array] = self._reading(
-            "searching for neighbours",
-            partial(search_arrays, self._client),
-            self._features,
-            k,
-            data=list(queries),
-            anns_field="descriptor",
-            filter=condition,
-            search_params=params,
-            # Without any output field Milvus Lite would return all of them.
-            output_fields=["feature_key"] if self._db.backend == "lite" else [],
-            consistency_level=_SESSION,
-        )
-        return found
+                self._db.patiently(partial(self._load, collection_name))
+            return self._db.call(doing, read, collection_name, *arguments, **options)
 
     def _rows(self, keys: Sequence[int], fields: Sequence[str], consistency: str = _STRONG) -> dict[int, Row]:
         """Rows of the images collection by primary key."""
@@ -772,18 +858,8 @@ class FeatureStore:
         consistency: str,
         step: int = _KEYS,
     ) -> dict[int, Row]:
-        found: dict[int, Row] = {}
-        for start in range(0, len(keys), step):
-            rows = self._reading(
-                "reading images",
-                self._client.get,
-                name,
-                ids=list(keys[start : start + step]),
-                output_fields=[primary, *fields],
-                consistency_level=consistency,
-            )
-            found.update((int(row[primary]), row) for row in rows)
-        return found
+        calls = _get_calls(name, primary, keys, fields, consistency, step)
+        return _by_primary(primary, (self._reading("reading images", self._client.get, **call) for call in calls))
 
     def _scan(self, condition: str) -> Iterator[Row]:
         """Ids of the images that meet a condition."""
@@ -865,6 +941,24 @@ class FeatureStore:
         """Delete by primary key, the last ones first."""
         for end in range(len(keys), 0, -_QUERIES):
             self._db.call("deleting", self._client.delete, name, ids=list(keys[max(0, end - _QUERIES) : end]))
+
+
+def _get_calls(
+    name: str, primary: str, keys: Sequence[int], fields: Sequence[str], consistency: str, step: int = _KEYS
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "collection_name": name,
+            "ids": list(keys[start : start + step]),
+            "output_fields": [primary, *fields],
+            "consistency_level": consistency,
+        }
+        for start in range(0, len(keys), step)
+    ]
+
+
+def _by_primary(primary: str, results: Iterable[Sequence[Row]]) -> dict[int, Row]:
+    return {int(row[primary]): row for rows in results for row in rows}
 
 
 def _check_name(collection: str) -> None:

@@ -271,7 +271,7 @@ def test_importing_the_package_loads_neither_torch_nor_pymilvus() -> None:
 
 
 def test_every_command_has_an_example(workplace: Path) -> None:
-    for command in ("ingest", "search", "match", "status", "list", "show", "delete"):
+    for command in ("ingest", "reindex", "search", "match", "status", "list", "show", "delete"):
         assert f"delf-milvus {command}" in call(workplace, command, "--help").stdout.replace("--uri photos.db ", "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -55,6 +56,31 @@ def test_images_are_written_found_updated_and_deleted_under_ivf_pq(opened: Opene
     assert store.delete([items[5][0].image_id, "missing"]) == [items[5][0].image_id]
     assert (store.count_images(), store.count_features()) == (39, 3830)
     assert [record.image_id for record in store.list(limit=6)][5] == "img/00006.jpg"
+
+
+def test_strong_searches_see_at_once_what_others_wrote(opened: Opener) -> None:
+    items = random_items(3, 6, 20)
+    writer = opened()
+    writer.write(items[:1])
+    reader = opened(settings=StoreSettings(consistency="strong"))
+    for record, features in items[1:]:
+        writer.write([(record, features)])
+        keys, _ = reader.neighbours(features.descriptors, 1)
+        assert (split_keys(keys)[0] == record.key).all()
+        assert list(reader.stored([record.key])) == [record.key]
+
+
+def test_every_level_of_consistency_finds_what_has_long_been_there(opened: Opener) -> None:
+    ((record, features),) = random_items(4, 1, 20)
+    writer = opened()
+    writer.write([(record, features)])
+    assert writer.count_images() == 1
+    for level in ("session", "bounded", "eventually"):
+        reader = opened(settings=StoreSettings(consistency=level))
+        deadline = time.monotonic() + 20
+        while not (found := reader.stored([record.key])) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert list(found) == [record.key]
 
 
 def test_a_killed_server_keeps_every_acknowledged_image(opened: Opener, milvus: Server) -> None:

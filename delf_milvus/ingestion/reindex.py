@@ -1,0 +1,205 @@
+"""A collection for another model, beside the one in use: extracted again from the stored places of its photos.
+
+1. Passes over the old generation fill the new one: an image whose stored content hash is in the new one already is
+   left alone, so that a second run after a crash goes on where the first one ended, and a later pass takes what was
+   ingested, changed or deleted meanwhile. Ids, roots, metadata and times of ingest are kept.
+2. The index is built, and passes follow until one finds nothing to do.
+3. The alias is switched; a last look takes the images that came to the old one at that very moment. Whoever has the
+   old one open can read it on, but no longer write to it.
+
+An image whose photo is gone, or cannot be read, has no features of the new model: nothing is switched, unless asked.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from delf_milvus.errors import one_line
+from delf_milvus.features import Fingerprint
+from delf_milvus.ingestion.pipeline import Progress, ingest_photos
+from delf_milvus.ingestion.scan import Failure, Photo, Scan
+from delf_milvus.settings import Settings
+from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.records import ImageRecord
+
+if TYPE_CHECKING:
+    from delf_milvus.model.extractor import Extractor
+
+_PAGE = 1000
+_PASSES = 10
+"""Passes before the switch at most, where somebody ingests all the time: the last one takes the rest."""
+
+
+@dataclass
+class ReindexReport:
+    """What a rebuild did; the fields of `--json`.
+
+    generation: the one that is filled; previous: the one it replaces. extracted: images extracted in this run; images:
+    in the new generation. removed: images that were deleted from the old one meanwhile. missing: photos that are gone
+    or cannot be read. switched: whether the new generation is the current one. dropped: old generations dropped.
+    interrupted: ended by Ctrl-C.
+    """
+
+    generation: str
+    previous: str
+    extracted: int = 0
+    images: int = 0
+    removed: int = 0
+    missing: list[Failure] = field(default_factory=list)
+    switched: bool = False
+    dropped: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `--json`."""
+        return {**asdict(self), "seconds": round(self.seconds, 3)}
+
+
+def reindex(
+    old: FeatureStore,
+    new: FeatureStore,
+    load_extractor: Callable[[], Extractor],
+    fingerprint: Fingerprint,
+    settings: Settings,
+    *,
+    allow_missing: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> ReindexReport:
+    """Fill `new`, a store that `old.rebuilt` gave, from the photos of `old`, and make it the current generation.
+
+    allow_missing: switch without the images whose photo is gone or cannot be read. Raises DatabaseError,
+    CollectionError.
+    """
+    started = time.monotonic()
+    report = ReindexReport(new.generation, old.generation)
+    skipping = settings.model_copy(update={"ingest": settings.ingest.model_copy(update={"on_error": "skip"})})
+    run = _Run(old, new, load_extractor, fingerprint, skipping, report, progress, started)
+    run.fill()
+    if not report.interrupted:
+        new.ensure_index()
+        for _ in range(_PASSES):
+            if not run.fill() or report.interrupted:
+                break
+    if not report.interrupted and (allow_missing or not report.missing):
+        # Without any image there are no collections yet, which the alias could stand for.
+        new.create()
+        new.become_current()
+        report.switched = True
+        run.take_late()
+        new.ensure_index()
+    report.images = new.count_images()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+@dataclass
+class _Run:
+    """One rebuild."""
+
+    old: FeatureStore
+    new: FeatureStore
+    load_extractor: Callable[[], Extractor]
+    fingerprint: Fingerprint
+    settings: Settings
+    report: ReindexReport
+    progress: Callable[[Progress], None] | None
+    started: float
+
+    seen: set[int] = field(default_factory=set)
+
+    def fill(self) -> int:
+        """One pass; the number of images it changed in the new generation."""
+        report = self.report
+        report.missing = []
+        self.seen.clear()
+        total, done, changed = self.old.count_images(), 0, 0
+        for page in _pages(self.old):
+            known = self.new.records([record.image_id for record in page])
+            wanted = [r for r in page if r.image_id not in known or known[r.image_id].sha256 != r.sha256]
+            changed += self._ingest(wanted, done, total)
+            if report.interrupted:
+                return changed
+            changed += self._describe(page)
+            self.seen.update(record.key for record in page)
+            done += len(page)
+            self._tell(done, total)
+        for page in _pages(self.new):
+            kept = self.old.records([record.image_id for record in page])
+            removed = self.new.delete([r.image_id for r in page if r.image_id not in kept])
+            report.removed += len(removed)
+            changed += len(removed)
+        return changed
+
+    def take_late(self) -> None:
+        """Images that came to the old generation since the last pass. Others write to the new one by now: nothing else
+        of it may be changed."""
+        for page in _pages(self.old):
+            late = [record for record in page if record.key not in self.seen]
+            known = self.new.records([record.image_id for record in late])
+            self._ingest([record for record in late if record.image_id not in known], len(self.seen), len(self.seen))
+
+    def _photo(self, record: ImageRecord) -> Photo | None:
+        """Where to read an image again; None, and noted, where that is not possible."""
+        if record.uri and os.path.isfile(record.uri):
+            return Photo(
+                Path(record.uri), record.image_id, Path(record.root), dict(record.metadata), record.ingested_at
+            )
+        place = f"its photo is not at {one_line(record.uri)}" if record.uri else "it was stored without a file"
+        self.report.missing.append(Failure(record.uri, f"{one_line(record.image_id)}: {place}."))
+        return None
+
+    def _ingest(self, wanted: list[ImageRecord], done: int, total: int) -> int:
+        """Extract and store these images; how many of them changed anything."""
+        photos = [photo for record in wanted if (photo := self._photo(record))]
+        if not photos:
+            return 0
+
+        def tell(inner: Progress) -> None:
+            self._tell(done + inner.done, total, self.report.extracted + inner.extracted)
+
+        done_now = ingest_photos(
+            Scan(photos, [], []), self.new, self.load_extractor, self.fingerprint, self.settings, progress=tell
+        )
+        changed = done_now.added + done_now.updated
+        self.report.extracted += changed
+        self.report.missing += done_now.failures
+        self.report.interrupted = done_now.interrupted
+        return changed
+
+    def _describe(self, page: list[ImageRecord]) -> int:
+        """Bring over what was said anew of images without a change of the photo."""
+        known = self.new.records([record.image_id for record in page])
+        said = [
+            record
+            for record in page
+            if record.image_id in known and _description(known[record.image_id]) != _description(record)
+        ]
+        self.new.describe(said)
+        return len(said)
+
+    def _tell(self, done: int, total: int, extracted: int | None = None) -> None:
+        if self.progress is not None:
+            seconds = time.monotonic() - self.started
+            ready = self.report.extracted if extracted is None else extracted
+            self.progress(Progress(done, max(total, done), ready, len(self.report.missing), seconds))
+
+
+def _description(record: ImageRecord) -> tuple[str, str, dict[str, Any]]:
+    return record.uri, record.root, dict(record.metadata)
+
+
+def _pages(store: FeatureStore) -> Iterator[list[ImageRecord]]:
+    page: list[ImageRecord] = []
+    for record in store.list():
+        page.append(record)
+        if len(page) == _PAGE:
+            yield page
+            page = []
+    if page:
+        yield page

@@ -1,0 +1,169 @@
+"""The store for an event loop: its reads of a search as coroutines, the rest through blocking calls in threads.
+
+`Blocking` gives the methods of an `AsyncMilvusClient` as blocking calls, so that `FeatureStore` runs unchanged over the
+one connection of a service: what it decides, checks and orders is written once. Such a call waits in its thread while
+the client's event loop does the talking; it must never be made in that loop's own thread, which would wait for itself.
+
+pymilvus unpacks a search's answer, some 0.1 s of computing for 500 x 120 hits, on the loop that its client belongs to.
+So a client of our own has a loop of its own, in a thread (`ClientLoop`), and a service's loop is kept free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import math
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from delf_milvus.errors import DatabaseError
+from delf_milvus.store.connection import NotLoadedError, asking_milvus
+from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.keys import IMAGE_KEY_BITS
+
+if TYPE_CHECKING:
+    from pymilvus import AsyncMilvusClient
+
+T = TypeVar("T")
+
+_GRACE_SECONDS = 5.0
+"""How much longer than its own deadline a call may take: pymilvus's deadline is that of each of its tries."""
+
+InThread = Callable[..., Awaitable[Any]]
+"""Runs a function in a thread, for a coroutine."""
+
+
+class Blocking:
+    """An `AsyncMilvusClient` as a client whose methods block, for use in other threads than the event loop's."""
+
+    def __init__(self, client: AsyncMilvusClient, loop: asyncio.AbstractEventLoop) -> None:
+        self._client = client
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            made = method(*arguments, **options)
+            return self._wait(made, options.get("timeout")) if inspect.iscoroutine(made) else made
+
+        return call
+
+    def query_iterator(
+        self, collection_name: str, *, batch_size: int, filter: str, output_fields: list[str], **options: Any
+    ) -> _Pages:
+        """Pages of about `batch_size` rows of the images, in no order: what the asynchronous client lacks.
+
+        A page is a range of image keys, which are spread evenly, so that it needs no limit: rows beyond a limit come in
+        an order of the server's own, unless it is told that this is an iteration, and then it keeps no level of
+        consistency.
+        """
+        counted = self.query(collection_name, filter=filter, output_fields=["count(*)"], **options)
+        parts = max(1, math.ceil(int(counted[0]["count(*)"]) / batch_size))
+        bounds = [(part << IMAGE_KEY_BITS) // parts for part in range(parts + 1)]
+        condition = f"({filter}) and " if filter else ""
+
+        def page(part: int) -> list[dict[str, Any]]:
+            limits = f"image_key >= {bounds[part]} and image_key < {bounds[part + 1]}"
+            rows = self.query(collection_name, filter=condition + limits, output_fields=output_fields, **options)
+            return list(rows)
+
+        return _Pages(page, parts)
+
+    def _wait(self, coroutine: Any, timeout: float | None) -> Any:
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:
+            coroutine.close()
+            raise DatabaseError("The event loop of this index has ended; open it again in the new one.") from None
+        try:
+            return future.result(None if timeout is None else timeout + _GRACE_SECONDS)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise DatabaseError(f"The database did not answer within {timeout:g} s.") from None
+        except concurrent.futures.CancelledError:
+            raise DatabaseError("The event loop of this index ended while it waited for the database.") from None
+
+
+class _Pages:
+    """What `MilvusClient.query_iterator` returns, as far as the store uses it."""
+
+    def __init__(self, page: Callable[[int], list[dict[str, Any]]], count: int) -> None:
+        self._page = page
+        self._rest = iter(range(count))
+
+    def next(self) -> list[dict[str, Any]]:
+        """The next page that is not empty; empty at the end."""
+        return next((rows for part in self._rest if (rows := self._page(part))), [])
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class ClientLoop:
+    """An event loop in a thread of its own, for one client."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        # It ends with the process where nobody closes it.
+        self._thread = threading.Thread(target=self.loop.run_forever, name="delf-milvus-client", daemon=True)
+        self._thread.start()
+
+    async def close(self) -> None:
+        """End the loop and its thread."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        await asyncio.to_thread(self._thread.join)
+        self.loop.close()
+
+
+async def run_in(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Await a coroutine that belongs to a loop, which may be the running one; cancelled, it is cancelled there."""
+    if loop is asyncio.get_running_loop():
+        return await coroutine
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
+
+
+class AsyncReads:
+    """The two reads of a search over the connection of a store, awaited; answers are those of `FeatureStore`."""
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        client: AsyncMilvusClient,
+        loop: asyncio.AbstractEventLoop,
+        in_thread: InThread,
+        timeout: float,
+    ) -> None:
+        self._store = store
+        self._client = client
+        self._loop = loop
+        self._in_thread = in_thread
+        self._timeout = timeout
+
+    async def search(self, calls: list[dict[str, Any]]) -> list[Any]:
+        """The results of `FeatureStore.neighbour_calls`."""
+        return [await self._reading("searching for neighbours", self._client.search, call) for call in calls]
+
+    async def get(self, calls: list[dict[str, Any]]) -> list[Any]:
+        """The results of `FeatureStore.stored_calls`."""
+        return [await self._reading("reading images", self._client.get, call) for call in calls]
+
+    async def _reading(self, doing: str, read: Callable[..., Coroutine[Any, Any, Any]], call: dict[str, Any]) -> Any:
+        try:
+            return await self._asking(doing, read, call)
+        except NotLoadedError:
+            await self._in_thread(self._store.reload)
+            return await self._asking(doing, read, call)
+
+    async def _asking(self, doing: str, read: Callable[..., Coroutine[Any, Any, Any]], call: dict[str, Any]) -> Any:
+        where = self._store.connection.where
+        with asking_milvus(where, doing, self._timeout):
+            try:
+                asked = run_in(self._loop, read(**call, timeout=self._timeout))
+                return await asyncio.wait_for(asked, self._timeout + _GRACE_SECONDS)
+            except asyncio.TimeoutError:
+                raise DatabaseError(
+                    f"The database at {where} did not answer within {self._timeout:g} s while {doing}."
+                ) from None
