@@ -229,10 +229,9 @@ def _clock(database: Connection, created: int, before: float, after: float) -> C
 def _collections(database: Connection, collection: str, fingerprint: Fingerprint | None) -> Iterator[Check]:
     """Both collections: schema, model, index, memory."""
     found: dict[str, dict[str, Any]] = {}
-    with database.asking("looking for generations"):
-        base = generations.current(database, collection, database.timeout)
-    names = [base + schema.FEATURES_SUFFIX, base + schema.IMAGES_SUFFIX]
     try:
+        generation = generations.current(database, collection, database.timeout)
+        names = [generation + schema.FEATURES_SUFFIX, generation + schema.IMAGES_SUFFIX]
         for name in names:
             if database.call("looking for the collections", database.client.has_collection, name):
                 found[name] = database.call("reading the schema", database.client.describe_collection, name)
@@ -247,7 +246,7 @@ def _collections(database: Connection, collection: str, fingerprint: Fingerprint
         yield facts
         return
     absent = [name for name in names if name not in found]
-    specs = (schema.features_spec(facts.fingerprint.dim), schema.images_spec(facts.fingerprint.dim, facts.chunks))
+    specs = (facts.features, facts.images)
     wrong = [
         text
         for name, spec in zip(names, specs, strict=True)
