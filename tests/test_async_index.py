@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import RgbImage, make_photo
-from milvus_server import WheelServer
+from milvus_server import Server, servers
 from model.models import write_tiny_model
 from pymilvus import AsyncMilvusClient, MilvusClient
 
@@ -28,7 +28,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return Settings(model=str(model), extract=extract)
 
 
-@pytest.fixture(params=["lite", pytest.param("server", marks=pytest.mark.server)])
+@pytest.fixture(params=["lite", *servers(pytest.mark.server)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
     """Settings with a database and a collection of their own."""
     settings: Settings = request.getfixturevalue("settings")
@@ -36,7 +36,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
     if request.param == "lite":
         yield settings.model_copy(update={"uri": str(tmp_path / "photos.db"), "collection": name})
         return
-    server: WheelServer = request.getfixturevalue("milvus")
+    server: Server = request.getfixturevalue(f"{request.param}_server")
     yield settings.model_copy(update={"uri": server.uri, "collection": name})
     drop(server.uri, name)
 
@@ -171,7 +171,7 @@ def test_closing_waits_for_a_write_and_refuses_what_comes_after(place: Settings)
 
 
 @pytest.mark.server
-def test_a_client_that_was_handed_in_is_used_and_stays_open(milvus: WheelServer, settings: Settings) -> None:
+def test_a_client_that_was_handed_in_is_used_and_stays_open(milvus: Server, settings: Settings) -> None:
     name = f"a{uuid.uuid4().hex[:12]}"
 
     async def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import make_photo, save_photo
-from milvus_server import WheelServer
+from milvus_server import Server
 from model.models import write_tiny_model
 from pymilvus import MilvusClient
 
@@ -41,7 +41,7 @@ def fill(client: MilvusClient, name: str) -> None:
 
 
 @pytest.mark.parametrize("in_database", [False, True])
-def test_a_whole_life_over_a_client_that_was_handed_in(milvus: WheelServer, tmp_path: Path, in_database: bool) -> None:
+def test_a_whole_life_over_a_client_that_was_handed_in(milvus: Server, tmp_path: Path, in_database: bool) -> None:
     run = uuid.uuid4().hex[:8]
     root = MilvusClient(milvus.uri, dedicated=True)
     theirs, ours = f"theirs_{run}", f"ours_{run}"

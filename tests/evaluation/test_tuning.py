@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_photo
-from milvus_server import WheelServer
+from milvus_server import Server
 from PIL import Image
 from pymilvus import MilvusClient
 
@@ -37,7 +37,7 @@ def lite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DelfIndex]:
 
 
 @pytest.fixture
-def server(milvus: WheelServer) -> Iterator[DelfIndex]:
+def server(milvus: Server) -> Iterator[DelfIndex]:
     name = f"t{uuid.uuid4().hex[:12]}"
     store = FAST.store.model_copy(update={"m": 10, "nbits": 4})  # builds at once
     with DelfIndex.open(milvus.uri, collection=name, settings=FAST.model_copy(update={"store": store})) as index:

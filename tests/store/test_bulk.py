@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from milvus_server import WheelServer
+from milvus_server import Server
 from pymilvus import MilvusClient
 from store_samples import MODEL, random_features, random_items
 from test_transfer import answers, varied_items
@@ -31,7 +31,7 @@ Opener = Callable[..., FeatureStore]
 
 
 @pytest.fixture
-def storage(milvus: WheelServer) -> Path:
+def storage(milvus: Server) -> Path:
     """A folder that the server reads files from."""
     folder = milvus.storage / f"stage-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
@@ -39,7 +39,7 @@ def storage(milvus: WheelServer) -> Path:
 
 
 @pytest.fixture
-def name(milvus: WheelServer) -> Iterator[str]:
+def name(milvus: Server) -> Iterator[str]:
     """A collection name; what is called so is dropped afterwards."""
     name = f"t{uuid.uuid4().hex[:12]}"
     yield name
@@ -51,7 +51,7 @@ def name(milvus: WheelServer) -> Iterator[str]:
 
 
 @pytest.fixture
-def opened(milvus: WheelServer, name: str, storage: Path) -> Iterator[Opener]:
+def opened(milvus: Server, name: str, storage: Path) -> Iterator[Opener]:
     """Opens the store of one new collection; by default, writes of 1000 rows go as files."""
     stores: list[FeatureStore] = []
 
@@ -108,7 +108,7 @@ def test_a_large_write_goes_as_files_and_is_found_when_it_returns(
 
 @pytest.mark.server
 def test_a_writer_killed_during_an_import_leaves_no_image_and_the_next_one_no_duplicate(
-    opened: Opener, milvus: WheelServer, name: str, storage: Path
+    opened: Opener, milvus: Server, name: str, storage: Path
 ) -> None:
     code = """
         import os, sys
@@ -246,7 +246,7 @@ def test_a_collection_moves_to_a_server_and_back_unchanged(opened: Opener, tmp_p
 
 @pytest.mark.server
 def test_a_server_killed_during_export_and_import_loses_nothing(
-    opened: Opener, milvus: WheelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Opener, milvus: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = random_items(2, 15, 100)
     store = opened(timeout=5)

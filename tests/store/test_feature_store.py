@@ -28,8 +28,9 @@ from delf_milvus.settings import StoreSettings
 from delf_milvus.store import feature_store
 from delf_milvus.store.columns import Columns
 from delf_milvus.store.connection import Connection
-from delf_milvus.store.feature_store import PADDING_KEY, PADDING_SIMILARITY, FeatureStore
+from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.filters import quoted
+from delf_milvus.store.hits import PADDING_KEY, PADDING_SIMILARITY
 from delf_milvus.store.keys import feature_keys, image_key, split_keys
 from delf_milvus.store.records import ImageRecord
 from delf_milvus.store.schema import CollectionSpec

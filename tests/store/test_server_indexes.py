@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from milvus_server import WheelServer
+from milvus_server import Server
 from store_samples import MODEL, random_items
 
 from delf_milvus.errors import UsageError
@@ -21,7 +21,7 @@ ITEMS = random_items(1, 30, 100)
 
 
 @pytest.fixture(scope="module")
-def store(milvus: WheelServer) -> Iterator[FeatureStore]:
+def store(milvus: Server) -> Iterator[FeatureStore]:
     """30 images of 100 features."""
     name = f"t{uuid.uuid4().hex[:12]}"
     with FeatureStore.open(milvus.uri, name, MODEL, StoreSettings(m=4, nbits=6), max_features=100) as opened:

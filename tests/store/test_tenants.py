@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from milvus_server import WheelServer
+from milvus_server import Server, servers
 from pymilvus import MilvusClient
 from store_samples import MODEL, random_features, random_items
 
 from delf_milvus.errors import CollectionError, InputError, UsageError
 from delf_milvus.features import Features
 from delf_milvus.settings import StoreSettings
-from delf_milvus.store.feature_store import PADDING_KEY, FeatureStore
+from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.hits import PADDING_KEY
 from delf_milvus.store.keys import image_key, split_keys
 from delf_milvus.store.records import ImageRecord
 
@@ -24,11 +25,11 @@ Opener = Callable[..., FeatureStore]
 FIELDS = {"year": "integer=0", "kind": "text=", "price": "number=1.5", "sold": "boolean=false"}
 
 
-@pytest.fixture(params=["lite", pytest.param("server", marks=pytest.mark.server)])
+@pytest.fixture(params=["lite", *servers(pytest.mark.server)])
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
     """Opens the store of one collection, with other settings if a test wants them."""
     name = f"t{uuid.uuid4().hex[:12]}"
-    server: WheelServer | None = request.getfixturevalue("milvus") if request.param == "server" else None
+    server: Server | None = None if request.param == "lite" else request.getfixturevalue(f"{request.param}_server")
     uri = server.uri if server else str(tmp_path / "photos.db")
     stores: list[FeatureStore] = []
 
