@@ -420,10 +420,12 @@ class FeatureStore:
                 found = self._rows(list(batch), fields)
                 self._written = self._written or bool(found)
                 moved = [key for key, row in found.items() if any(row[n] != batch[key].metadata[n] for n in names)]
+                # Read while the images still exist: one that lost features stays as it is.
+                columns = [
+                    self._redeclared(key, int(found[key]["feature_count"]), batch[key].metadata) for key in moved
+                ]
                 self._delete_rows(self._images, moved)
-                for key in moved:
-                    values = {name: batch[key].metadata[name] for name in names}
-                    self._redeclare(key, int(found[key]["feature_count"]), values)
+                self._write_columns(self._features, facts.features, columns)
                 self._write_images([records.described(row, batch[key]) for key, row in found.items()])
 
     def typed(self, record: ImageRecord) -> ImageRecord:
@@ -930,12 +932,11 @@ class FeatureStore:
         for batch in records.batches(rows, sizes, self._settings.batch_bytes):
             write_columns(self._db, self._images, spec, records.image_columns(batch, spec))
 
-    def _redeclare(self, key: int, count: int, values: Mapping[str, Any]) -> None:
-        """Rewrite the features of an image with other values of its declared fields."""
-        columns = self.feature_columns({key: count})
+    def _redeclared(self, key: int, count: int, metadata: Mapping[str, Any]) -> Columns:
+        """The features of an image with other values of its declared fields."""
         spec = self._existing().features
-        changed = {name: records.repeated(spec, name, value, count) for name, value in values.items()}
-        self._write_columns(self._features, spec, [columns | changed])
+        changed = {one.name: records.repeated(spec, one.name, metadata[one.name], count) for one in spec.filtered}
+        return self.feature_columns({key: count}) | changed
 
     def _delete_rows(self, name: str, keys: Sequence[int]) -> None:
         """Delete by primary key, the last ones first."""
