@@ -68,12 +68,13 @@ def main() -> None:
 
 
 def raw_search(index: DelfIndex, path: Path) -> float:
-    """Seconds that the database alone takes for the same vectors, index parameters and limit."""
-    matcher, store = index._matcher, index._store
+    """Seconds that the client alone takes for the same vectors, index parameters and limit."""
+    matcher, store = index._matcher, index.store
     query = matcher.query_features(matcher.decode(path))
+    calls = store.neighbour_calls(query.descriptors, index.settings.search.neighbours)
     started = time.perf_counter()
-    k = index.settings.search.neighbours
-    store._search(query.descriptors, k, store._indexing.search_params(k))
+    for call in calls:
+        store.connection.client.search(**call)
     return time.perf_counter() - started
 
 
