@@ -581,6 +581,9 @@ class FeatureStore:
             facts = self._attach()
             if facts is None:
                 raise CollectionError(_absent(self._collection, self._db.where))
+            for name in (self._features, self._images):
+                if name not in self._loaded:
+                    self._load(name)
             report = Fsck(self._db, self._features, self._images, facts).run(repair, progress)
             if repair and report.findings:
                 self._written = True

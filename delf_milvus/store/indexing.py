@@ -224,9 +224,7 @@ class Indexing:
         found = self.described(self._features)
         same = found.type == wanted.index_type and dict(found.params) == dict(wanted.index_params)
         watcher = progress or _unwatched
-        self._replace(found, None if same else wanted, rows, watcher)
-        if same:
-            self._wait(self._features, f"building the index {wanted.index_type}", watcher)
+        self._replace(found, None if same else wanted, rows, watcher, whole=True)
 
     def put(self, profile: IndexProfile, rows: int) -> None:
         """Give the features this index, flushed and loaded."""
@@ -255,8 +253,13 @@ class Indexing:
         again = choose(found.type, self.engine, self._dim(), rows, self._index_from, code)
         return again if again.index_params["nlist"] >= 4 * lists else None
 
-    def _replace(self, found: BuiltIndex, wanted: IndexProfile | None, rows: int, progress: Watcher) -> None:
-        """Flush, build the wanted index instead of the one found, and load."""
+    def _replace(
+        self, found: BuiltIndex, wanted: IndexProfile | None, rows: int, progress: Watcher, *, whole: bool = False
+    ) -> None:
+        """Flush, build the wanted index instead of the one found, and load.
+
+        whole: where the one found stays, wait until it holds all that is flushed.
+        """
         progress(BuildProgress("flushing", 0, rows))
         if wanted is not None or self._db.backend == "lite":
             # Milvus Lite indexes in the background what is flushed while loaded, and says nothing when it is done.
@@ -266,6 +269,8 @@ class Indexing:
             if found != NO_INDEX:
                 self._drop()
             self._build(self._features, wanted, progress)
+        elif whole:
+            self._wait(self._features, f"building the index {found.type}", progress)
         progress(BuildProgress("loading", rows, rows))
         self.load(self._features)
 

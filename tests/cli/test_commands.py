@@ -305,7 +305,9 @@ def test_tuning_prints_a_table_and_a_line_to_paste(tmp_path: Path) -> None:
     assert 'store = { profile = "' in result.stdout
     assert (tmp_path / "front.png").is_file()
     values = json.loads(call(tmp_path, "--json", "index", "tune", "--profile", "FLAT").stdout)
-    assert (values["recommended"]["recall"], len(values["points"])) == (1, 1)
+    assert len(values["points"]) == 1
+    # Neighbours that are equally near may come in another order than in the truth.
+    assert values["recommended"]["recall"] > 0.999
 
 
 def test_export_and_import_move_a_collection(workplace: Path) -> None:

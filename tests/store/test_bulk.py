@@ -215,8 +215,9 @@ def test_a_server_calls_files_in_its_bucket_by_their_key(
     from delf_milvus.store.records import feature_columns
     from delf_milvus.store.schema import features_spec
 
-    columns = feature_columns(store[0].key, store[1])
-    folder, names = place.put("x", features_spec(MODEL.dim), columns, False)
+    spec = features_spec(MODEL.dim)
+    columns = feature_columns(store[0].key, store[1], spec, {})
+    folder, names = place.put("x", spec, columns, False)
     assert names[0] == f"{seen}/feature_key.npy"
     with files.open(f"{folder}/descriptor.npy") as file:
         np.testing.assert_array_equal(np.load(file), columns["descriptor"])

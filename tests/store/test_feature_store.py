@@ -173,9 +173,9 @@ def test_batches_stay_below_the_limit(tmp_path: Path, monkeypatch: pytest.Monkey
         sizes: list[int] = []
         write = feature_store.write_columns
 
-        def measured(database: Connection, name: str, spec: CollectionSpec, columns: Columns, timeout: float) -> None:
+        def measured(database: Connection, name: str, spec: CollectionSpec, columns: Columns) -> None:
             sizes.append(sum(values.nbytes for values in columns.values()))
-            write(database, name, spec, columns, timeout)
+            write(database, name, spec, columns)
 
         monkeypatch.setattr(feature_store, "write_columns", measured)
         store.write(random_items(4, 40, 100))

@@ -83,7 +83,7 @@ class Failing:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Connection:
-    opened = connection.connect(str(tmp_path_factory.mktemp("calls") / "photos.db"), "", 7)
+    opened = connection.connect(str(tmp_path_factory.mktemp("calls") / "photos.db"), "", StoreSettings(timeout=7))
     opened.retry_seconds = 1.0
     yield opened
     opened.close()
