@@ -66,6 +66,9 @@ class Late(grpc.RpcError):
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.DEADLINE_EXCEEDED
 
+    def details(self) -> str:
+        return "Deadline Exceeded"
+
 
 class Failing:
     """A call that fails with one error after the other, then answers."""
