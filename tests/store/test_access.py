@@ -119,7 +119,7 @@ def test_what_the_server_refuses_is_one_sentence_without_a_secret(
     if "db_name" in changes and changes["db_name"] == "photos":
         opened(guarded.uri, guarded.settings(db_name="photos")).create()
     with pytest.raises(DatabaseError, match=words) as caught:
-        opened(guarded.uri, guarded.settings(**changes), create=False)
+        opened(guarded.uri, guarded.settings(**changes), create=False).count_images()
     message = str(caught.value)
     assert message.count("\n") == 0
     assert SECRET not in message
