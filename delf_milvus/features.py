@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,15 @@ def clipped_box(box: Box | None, width: int, height: int) -> Box:
     if x0 >= x1 or y0 >= y1:
         raise UsageError(f"The box leaves nothing of the photo: it must overlap 0,0,{width},{height}, x0<x1, y0<y1.")
     return x0, y0, x1, y1
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal: what of a weight file enters the fingerprint."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

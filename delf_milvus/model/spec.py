@@ -5,7 +5,6 @@ Imports no torch, so that opening a collection costs nothing until a photo is ex
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from delf_milvus.errors import ModelError
-from delf_milvus.features import Fingerprint
+from delf_milvus.features import Fingerprint, file_digest
 from delf_milvus.settings import ExtractSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -96,15 +95,6 @@ def resolve(model: str | Path | None) -> Path:
     if not path.is_file():
         raise ModelError(f"There is no model file at {path}; give --model a .safetensors file, or leave it out.")
     return path
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a weight file, hexadecimal: what of the weights enters the fingerprint."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_header(path: Path) -> tuple[ModelSpec, dict[str, Any]]:

@@ -485,8 +485,7 @@ class FeatureStore:
                 f"of {facts.fingerprint.dim}: search with the model that it was made with."
             )
         queries = np.ascontiguousarray(descriptors, dtype=np.float32)
-        if self._features not in self._loaded:
-            self._load(self._features)
+        self._ensure_loaded(self._features)
         common = {
             "collection_name": self._features,
             "anns_field": "descriptor",
@@ -514,8 +513,7 @@ class FeatureStore:
         facts = self._attach()
         if facts is None:
             return []
-        if self._images not in self._loaded:
-            self._load(self._images)
+        self._ensure_loaded(self._images)
         fields = (*records.record_fields(facts), *keypoint_fields(facts.chunks))
         return _get_calls(self._images, "image_key", image_keys, fields, self._consistency)
 
@@ -582,8 +580,7 @@ class FeatureStore:
             if facts is None:
                 raise CollectionError(_absent(self._collection, self._db.where))
             for name in (self._features, self._images):
-                if name not in self._loaded:
-                    self._load(name)
+                self._ensure_loaded(name)
             report = Fsck(self._db, self._features, self._images, facts).run(repair, progress)
             if repair and report.findings:
                 self._written = True
@@ -831,10 +828,13 @@ class FeatureStore:
         self._indexing.load(name)
         self._loaded.add(name)
 
+    def _ensure_loaded(self, name: str) -> None:
+        if name not in self._loaded:
+            self._load(name)
+
     def _reading(self, doing: str, read: Any, collection_name: str, *arguments: Any, **options: Any) -> Any:
         """Call the client for a loaded collection; where somebody released it meanwhile, load it and call again."""
-        if collection_name not in self._loaded:
-            self._load(collection_name)
+        self._ensure_loaded(collection_name)
         try:
             return self._db.call(doing, read, collection_name, *arguments, **options)
         except NotLoadedError:

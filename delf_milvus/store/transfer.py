@@ -13,7 +13,6 @@ Memory holds one group or batch of images, with its features at most some 300 MB
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -30,7 +29,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from delf_milvus.errors import CollectionError, InputError, UsageError, one_line
-from delf_milvus.features import MAX_FEATURES
+from delf_milvus.features import MAX_FEATURES, file_digest
 from delf_milvus.store import records
 from delf_milvus.store.codec import split, unpack
 from delf_milvus.store.columns import METADATA, Columns, length
@@ -375,7 +374,9 @@ class _Writer:
             writer.close()
             partial = self._folder / f".{file}.partial"
             _synchronised(partial)
-            described.append(ExportedFile(file=file, rows=rows, bytes=partial.stat().st_size, sha256=_digest(partial)))
+            described.append(
+                ExportedFile(file=file, rows=rows, bytes=partial.stat().st_size, sha256=file_digest(partial))
+            )
             partial.rename(self._folder / file)
         self._files = []
         self._parts.append(ExportedPart(images=described[0], features=described[1]))
@@ -407,7 +408,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
                 size = path.stat().st_size
                 if size != one.bytes or not path.is_file():
                     raise _damaged(path, f"it has {size} bytes, not {one.bytes}")
-                if _digest(path) != one.sha256:
+                if file_digest(path) != one.sha256:
                     raise _damaged(path, "its checksum differs")
             except OSError as error:
                 raise InputError(f"{one_line(path)} cannot be read: {error.strerror}; copy the export again.") from None
@@ -548,14 +549,6 @@ def _opened(path: Path) -> Any:
 
 def _damaged(path: Path, reason: str) -> InputError:
     return InputError(f"{one_line(path)} is damaged ({reason}): copy or make the export again.")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _synchronised(path: Path) -> None:

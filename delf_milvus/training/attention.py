@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from delf_milvus.features import file_digest
 from delf_milvus.model import weights
 from delf_milvus.model.delf import AttentionHead, Delf
 from delf_milvus.model.runtime import prepare, resolve_dtype
-from delf_milvus.model.spec import ModelSpec, file_digest
+from delf_milvus.model.spec import ModelSpec
 from delf_milvus.model.trunk import Trunk
 from delf_milvus.training.data import LabelledPhotos, labelled_photos, read_rgb, require_batch, split
 from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from delf_milvus.errors import UsageError
-from delf_milvus.model.spec import file_digest
+from delf_milvus.features import file_digest
 
 MAY_CHANGE = frozenset({"epochs", "out"})
 """Fields of a configuration that a resumed run may have otherwise."""

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from store_samples import MODEL, OTHER_MODEL, random_features, random_items
 
 from delf_milvus.errors import CollectionError, DatabaseError, InputError, UsageError
-from delf_milvus.features import Features, Fingerprint
+from delf_milvus.features import Features, Fingerprint, file_digest
 from delf_milvus.settings import StoreSettings
 from delf_milvus.store import transfer
 from delf_milvus.store.feature_store import FeatureStore
@@ -196,7 +196,7 @@ EXPORTING = """
 """
 
 
-@pytest.mark.parametrize("step", ["_digest", "_synchronised"])
+@pytest.mark.parametrize("step", ["file_digest", "_synchronised"])
 def test_a_killed_export_is_no_export_and_the_next_one_is_whole(tmp_path: Path, items: Items, step: str) -> None:
     with open_store(tmp_path / "from.db") as store:
         store.write(items)
@@ -300,7 +300,7 @@ def rewritten(folder: Path, name: str, change: Callable[[pa.Table], pa.Table]) -
     described = {
         "rows": parquet.read_metadata(folder / name).num_rows,
         "bytes": (folder / name).stat().st_size,
-        "sha256": transfer._digest(folder / name),
+        "sha256": file_digest(folder / name),
     }
     edited(folder, lambda manifest: manifest["parts"][0][kind].update(described))
 
@@ -349,7 +349,7 @@ BEFORE_ANYTHING: dict[str, Callable[[Path], object]] = {
         (folder / IMAGES).write_bytes(b"x" * 50),
         edited(
             folder,
-            lambda m: m["parts"][0]["images"].update(bytes=50, sha256=transfer._digest(folder / IMAGES)),
+            lambda m: m["parts"][0]["images"].update(bytes=50, sha256=file_digest(folder / IMAGES)),
         ),
     ),
     "column missing": lambda folder: rewritten(folder, FEATURES, lambda table: table.drop_columns(["x"])),
