@@ -60,7 +60,7 @@ def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 def test_answers_and_errors_are_those_of_the_synchronous_index(
     place: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("delf_milvus.store.feature_store._PAGE", 2)
+    monkeypatch.setattr("delf_milvus.store.reading._PAGE", 2)
 
     other = place.model_copy(update={"extract": place.extract.model_copy(update={"scales": (1.0,)})})
 

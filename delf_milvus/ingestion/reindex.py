@@ -115,34 +115,39 @@ class _Run:
 
     def fill(self) -> int:
         """One pass; the number of images it changed in the new generation."""
-        report = self.report
-        report.missing = []
+        self.report.missing = []
         self.seen.clear()
-        total, done, changed = self.old.count_images(), 0, 0
-        for page in _pages(self.old):
-            known = self.new.records([record.image_id for record in page])
-            wanted = [r for r in page if r.image_id not in known or known[r.image_id].sha256 != r.sha256]
-            changed += self._ingest(wanted, done, total)
-            if report.interrupted:
-                return changed
-            changed += self._describe(page)
-            self.seen.update(record.key for record in page)
-            done += len(page)
-            self._tell(done, total)
-        for page in _pages(self.new):
-            kept = self.old.records([record.image_id for record in page])
-            removed = self.new.delete([r.image_id for r in page if r.image_id not in kept])
-            report.removed += len(removed)
-            changed += len(removed)
+        total, changed = self.old.count_images(), 0
+        for old, new in self._tenants():
+            for page in _pages(old):
+                known = new.records([record.image_id for record in page])
+                wanted = [r for r in page if r.image_id not in known or known[r.image_id].sha256 != r.sha256]
+                changed += self._ingest(new, wanted, total)
+                if self.report.interrupted:
+                    return changed
+                changed += _described(new, page)
+                self.seen.update(record.key for record in page)
+                self._tell(len(self.seen), total)
+            for page in _pages(new):
+                kept = old.records([record.image_id for record in page])
+                removed = new.delete([r.image_id for r in page if r.image_id not in kept])
+                self.report.removed += len(removed)
+                changed += len(removed)
         return changed
 
     def take_late(self) -> None:
         """Images that came to the old generation since the last pass. Others write to the new one by now: nothing else
         of it may be changed."""
-        for page in _pages(self.old):
-            late = [record for record in page if record.key not in self.seen]
-            known = self.new.records([record.image_id for record in late])
-            self._ingest([record for record in late if record.image_id not in known], len(self.seen), len(self.seen))
+        for old, new in self._tenants():
+            for page in _pages(old):
+                late = [record for record in page if record.key not in self.seen]
+                known = new.records([record.image_id for record in late])
+                self._ingest(new, [record for record in late if record.image_id not in known], len(self.seen))
+
+    def _tenants(self) -> Iterator[tuple[FeatureStore, FeatureStore]]:
+        """Both stores as each tenant's in turn, also of one who has left the old generation; as they are without."""
+        for tenant in sorted({*self.old.tenants(), *self.new.tenants()} - {""}) or [""]:
+            yield self.old.of_tenant(tenant), self.new.of_tenant(tenant)
 
     def _photo(self, record: ImageRecord) -> Photo | None:
         """Where to read an image again; None, and noted, where that is not possible."""
@@ -154,17 +159,17 @@ class _Run:
         self.report.missing.append(Failure(record.uri, f"{one_line(record.image_id)}: {place}."))
         return None
 
-    def _ingest(self, wanted: list[ImageRecord], done: int, total: int) -> int:
+    def _ingest(self, new: FeatureStore, wanted: list[ImageRecord], total: int) -> int:
         """Extract and store these images; how many of them changed anything."""
         photos = [photo for record in wanted if (photo := self._photo(record))]
         if not photos:
             return 0
 
         def tell(inner: Progress) -> None:
-            self._tell(done + inner.done, total, self.report.extracted + inner.extracted)
+            self._tell(len(self.seen) + inner.done, total, self.report.extracted + inner.extracted)
 
         done_now = ingest_photos(
-            Scan(photos, [], []), self.new, self.load_extractor, self.fingerprint, self.settings, progress=tell
+            Scan(photos, [], []), new, self.load_extractor, self.fingerprint, self.settings, progress=tell
         )
         changed = done_now.added + done_now.updated
         self.report.extracted += changed
@@ -172,22 +177,23 @@ class _Run:
         self.report.interrupted = done_now.interrupted
         return changed
 
-    def _describe(self, page: list[ImageRecord]) -> int:
-        """Bring over what was said anew of images without a change of the photo."""
-        known = self.new.records([record.image_id for record in page])
-        said = [
-            record
-            for record in page
-            if record.image_id in known and _description(known[record.image_id]) != _description(record)
-        ]
-        self.new.describe(said)
-        return len(said)
-
     def _tell(self, done: int, total: int, extracted: int | None = None) -> None:
         if self.progress is not None:
             seconds = time.monotonic() - self.started
             ready = self.report.extracted if extracted is None else extracted
             self.progress(Progress(done, max(total, done), ready, len(self.report.missing), seconds))
+
+
+def _described(new: FeatureStore, page: list[ImageRecord]) -> int:
+    """Bring over what was said anew of images without a change of the photo; how many there were."""
+    known = new.records([record.image_id for record in page])
+    said = [
+        record
+        for record in page
+        if record.image_id in known and _description(known[record.image_id]) != _description(record)
+    ]
+    new.describe(said)
+    return len(said)
 
 
 def _description(record: ImageRecord) -> tuple[str, str, dict[str, Any]]:

@@ -13,13 +13,13 @@ before anything is used.
 
 from __future__ import annotations
 
-import binascii
 import math
 import struct
 import zlib
 
 import numpy as np
 import numpy.typing as npt
+import pybase64
 
 from delf_milvus.features import Features, Float32Array
 
@@ -94,7 +94,7 @@ def pack(features: Features) -> str:
     )
     body = b"".join((table.astype("<f4").tobytes(), x, y, scales, attention, descriptors.tobytes()))
     checksum = _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(header)))
-    return binascii.b2a_base64(header + checksum + body, newline=False).decode("ascii")
+    return pybase64.b64encode_as_string(header + checksum + body)
 
 
 def unpack(text: str) -> Features:
@@ -102,7 +102,7 @@ def unpack(text: str) -> Features:
 
     Raises ValueError for text that is cut short, damaged, or of another version of this layout.
     """
-    data = binascii.a2b_base64(text)
+    data = memoryview(pybase64.b64decode(text, validate=True))
     start = _HEADER.size + _CHECKSUM.size
     if len(data) < start:
         raise ValueError("packed features are cut short")

@@ -121,6 +121,8 @@ class Indexing:
         self._dim = dim
         self._index_from = index_from
         self._current = NO_INDEX
+        self.outdated = False
+        """Whether rows were written or deleted since the index was last brought up to date."""
 
     def profile(self, name: str, rows: int, asked: Profile | None = None) -> IndexProfile:
         """The index that a collection of so many rows shall have; `asked` instead of the setting.
@@ -203,16 +205,15 @@ class Indexing:
         with self._db.building(), self._db.asking(f"loading {name!r}"):
             self._client.load_collection(name, timeout=BUILD_SECONDS)
 
-    def exchange(self, rows: int, *, written: bool) -> None:
+    def exchange(self, rows: int) -> None:
         """Give the features the index that so many rows ask for, and make all of them searchable.
 
         An index that fits stays. With the profile "auto" any index but FLAT stays until it has too few lists: somebody
-        may have built it on purpose. written: whether rows were written since the last call. The steps are those of
-        `FeatureStore.ensure_index`.
+        may have built it on purpose. The steps are those of `FeatureStore.ensure_index`.
         """
         found = self.described(self._features)
         wanted = self._grown(rows, found)
-        if wanted is not None or written:
+        if wanted is not None or self.outdated:
             self._replace(found, wanted, rows, _unwatched)
 
     def build(self, rows: int, asked: Profile | None, progress: Watcher | None) -> None:
@@ -273,6 +274,7 @@ class Indexing:
             self._wait(self._features, f"building the index {found.type}", progress)
         progress(BuildProgress("loading", rows, rows))
         self.load(self._features)
+        self.outdated = False
 
     def _release(self) -> None:
         with self._db.asking("releasing the features"):

@@ -52,7 +52,8 @@ def main() -> None:
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     items = [(ImageRecord(f"i/{n:06}.jpg"), random_features(rng, 1000, DIM)) for n in range(options.images)]
-    columns = joined([records.feature_columns(record.key, features) for record, features in items])
+    spec = features_spec(DIM)
+    columns = joined([records.feature_columns(record.key, features, spec, {}) for record, features in items])
     with tempfile.TemporaryDirectory() as work:
         home = Path(work) / "milvus"
         home.mkdir()

@@ -21,7 +21,7 @@ from model.models import write_tiny_model
 from pymilvus import MilvusClient
 
 from delf_milvus import DelfIndex, Settings
-from delf_milvus.errors import CollectionError
+from delf_milvus.errors import CollectionError, UsageError
 from delf_milvus.settings import ExtractSettings, StoreSettings
 from delf_milvus.store.feature_store import FeatureStore
 
@@ -84,6 +84,51 @@ def answers(index: DelfIndex, seeds: range = range(3)) -> list[list[dict[str, An
 
 def cropped(seed: int) -> RgbImage:
     return np.ascontiguousarray(make_photo(seed, 160, 120)[10:110, 15:150])
+
+
+def as_tenant(place: Settings, tenant: str, **values: Any) -> Settings:
+    return place.model_copy(update={"store": place.store.model_copy(update={"tenant": tenant, **values})})
+
+
+@ON_BOTH
+def test_a_rebuild_takes_every_tenant_and_keeps_them_apart(
+    place: Settings, models: tuple[Path, Path], photos: Path, tmp_path: Path
+) -> None:
+    # Both tenants have photos of the same ids, not all of them with the same content.
+    other = tmp_path / "other"
+    for seed in (0, 1, 9):
+        save_photo(other / f"{min(seed, 2)}.png", make_photo(seed, 160, 120))
+    apart = {"tenant_field": "owner", "fields": {"year": "integer=0"}}
+    for tenant, folder in (("a", photos), ("b", other)):
+        with DelfIndex.open(settings=as_tenant(place, tenant, **apart)) as index:
+            index.ingest([folder])
+            if tenant == "b":
+                index.delete(["0.png"])
+    with (
+        DelfIndex.open(settings=as_tenant(place, "b"), model=models[1], create=False, any_model=True) as index,
+        pytest.raises(UsageError, match="leave --tenant out"),
+    ):
+        index.reindex()
+    report = rebuild(place, models[1])
+    assert (report.switched, report.extracted, report.images, report.removed) == (True, 8, 8, 0)
+    fresh = place.model_copy(update={"collection": f"{place.collection}f", "model": str(models[1])})
+    for tenant, folder in (("a", photos), ("b", other)):
+        mine = as_tenant(place, tenant).model_copy(update={"model": str(models[1])})
+        with (
+            DelfIndex.open(settings=as_tenant(fresh, tenant, **apart)) as plain,
+            DelfIndex.open(settings=mine, create=False) as index,
+        ):
+            plain.ingest([folder])
+            if tenant == "b":
+                plain.delete(["0.png"])
+            assert [one.image_id for one in index.list()] == [one.image_id for one in plain.list()]
+            assert answers(index) == answers(plain)
+            assert {one.tenant for one in index.list()} == {tenant}
+    # A tenant whose last image is deleted from the current generation is still emptied in one that is filled later.
+    with DelfIndex.open(settings=as_tenant(place, "b"), model=models[1], create=False) as index:
+        index.delete([one.image_id for one in index.list()])
+    again = rebuild(place, models[0])
+    assert (again.switched, again.removed, again.images) == (True, 2, 6)
 
 
 @ON_BOTH

@@ -120,7 +120,7 @@ def test_neighbours_are_padded_where_there_are_fewer(store: FeatureStore) -> Non
 def test_more_queries_than_one_call_takes_are_split(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     queries = random_features(np.random.default_rng(2), 50, around=50).descriptors
     whole = filled.neighbours(queries, 10)
-    monkeypatch.setattr("delf_milvus.store.feature_store._HITS", 70)
+    monkeypatch.setattr("delf_milvus.store.reading._HITS", 70)
     parts = filled.neighbours(queries, 10)
     assert np.array_equal(whole[0], parts[0])
     assert np.allclose(whole[1], parts[1], atol=1e-5)

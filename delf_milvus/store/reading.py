@@ -1,0 +1,314 @@
+"""Reading one index: neighbours of descriptors, images by id, by key and in order, counts and samples.
+
+Similarities are inner products of unit vectors; larger is nearer. A neighbour whose image has no row (a crash came
+between) is to be ignored.
+
+Consistency: reads that decide what is written, and reads of records, are strong. Neighbour searches and reads of packed
+features have the level of the settings, by default "Session": they see everything that this process wrote, and what
+others wrote a moment ago.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from delf_milvus.errors import CollectionError, DatabaseError
+from delf_milvus.features import ORDINAL_BITS, Features, Float32Array
+from delf_milvus.store import records
+from delf_milvus.store.attached import SESSION, AttachedCollections
+from delf_milvus.store.columns import METADATA, Columns
+from delf_milvus.store.filters import Filter, both, expression, quoted
+from delf_milvus.store.hits import joined_hits, search_arrays
+from delf_milvus.store.indexing import NO_INDEX
+from delf_milvus.store.keys import IMAGE_KEY_BITS, Int64Array, feature_keys, image_key
+from delf_milvus.store.records import ImageRecord, Row
+from delf_milvus.store.schema import CollectionFacts, keypoint_fields
+
+Ids = list[str]
+Keys = list[int]
+
+STRONG = "Strong"
+_QUERIES = 16384
+_HITS = 1_000_000
+_KEYS = 1000
+_FEATURE_KEYS = 10_000
+_FEATURE_BYTES = 30_000_000
+_PAGE = 10000
+_SAMPLED = 100
+
+
+class StoreReader(AttachedCollections):
+    """What reads. Safe to use from many threads."""
+
+    def keys(self, prefix: str = "") -> Keys:
+        """The keys of all images whose id starts so, in order of the ids; with a tenant set, only that tenant's."""
+        facts = self._attach()
+        if facts is None:
+            return []
+        conditions = [*filter(None, [self._of_tenant(facts)]), *_starting(prefix)]
+        found = self._scan(" and ".join(conditions))
+        return [key for _, key in sorted((row["image_id"], int(row["image_key"])) for row in found)]
+
+    def tenants(self) -> list[str]:
+        """Whose images there are, in order; [""] in a collection without tenants. Reads a few bytes of every image."""
+        facts = self._attach()
+        if facts is None or not facts.tenant_field:
+            return [""]
+        return sorted({row[facts.tenant_field] for row in self._scan("", (facts.tenant_field,))})
+
+    def rows(self, image_keys: Sequence[int]) -> dict[int, Row]:
+        """Whole rows of those of the images that exist, by key."""
+        facts = self._attach()
+        if facts is None:
+            return {}
+        return self._rows(image_keys, (*(one.name for one in facts.images.fields), METADATA))
+
+    def feature_columns(self, counts: Mapping[int, int]) -> Columns:
+        """All features of images, given as feature counts by key: in that order, in rising ordinals.
+
+        Raises DatabaseError where one has not all of them.
+        """
+        facts = self._existing()
+        spec = facts.features
+        keys = np.concatenate([feature_keys(key, count) for key, count in counts.items()] or [np.empty(0, np.int64)])
+        fields = [one.name for one in spec.fields if not one.primary]
+        step = min(_FEATURE_KEYS, max(1, _FEATURE_BYTES // (4 * facts.fingerprint.dim + 64)))
+        found = self._by_key(self._features, "feature_key", keys.tolist(), fields, STRONG, step)
+        if len(found) < len(keys):
+            missing = next(key for key in keys.tolist() if key not in found) >> ORDINAL_BITS
+            raise DatabaseError(
+                f"Features of the image with key {missing} are missing: was it written meanwhile? Try again, and "
+                "ingest it again if that does not help."
+            )
+        return records.columns_of(spec, [found[key] for key in keys.tolist()])
+
+    def records(self, image_ids: Iterable[str]) -> dict[str, ImageRecord]:
+        """The records of those of the ids that exist, by id, in the given order."""
+        facts = self._attach()
+        if facts is None:
+            return {}
+        owner = self._owner()
+        wanted = {image_key(image_id, owner): image_id for image_id in image_ids}
+        found = self._records(list(wanted), facts)
+        return {wanted[key]: record for key, record in found.items() if record.image_id == wanted[key]}
+
+    def neighbours(self, descriptors: Float32Array, k: int, where: Filter = "") -> tuple[Int64Array, Float32Array]:
+        """The k most similar stored descriptors of each query descriptor.
+
+        descriptors: (Q, D) float32 of unit norm. where: only features whose image meets this, in declared fields; see
+        `filters`. With a tenant set, only that tenant's. Returns feature keys (Q, k) int64 and similarities (Q, k)
+        float32, nearest first, padded with PADDING_KEY and PADDING_SIMILARITY where there are fewer, or no collection
+        yet.
+        Raises CollectionError for descriptors of another length, UsageError for a filter that does not fit the
+        collection, DatabaseError.
+        """
+        search = partial(search_arrays, self._client)
+        calls = self.neighbour_calls(descriptors, k, where)
+        return joined_hits(
+            [self._reading("searching for neighbours", search, **call) for call in calls], len(descriptors), k
+        )
+
+    def neighbour_calls(self, descriptors: Float32Array, k: int, where: Filter = "") -> list[dict[str, Any]]:
+        """Arguments of the client's `search`, call by call, whose results are read by `hits`; none while there is no
+        collection. Arguments and errors as of `neighbours`."""
+        facts = self._attach()
+        if facts is None or not len(descriptors):
+            return []
+        if descriptors.shape[1] != facts.fingerprint.dim:
+            raise CollectionError(
+                f"The query has descriptors of {descriptors.shape[1]} components, the collection {self._collection!r} "
+                f"of {facts.fingerprint.dim}: search with the model that it was made with."
+            )
+        queries = np.ascontiguousarray(descriptors, dtype=np.float32)
+        self._ensure_loaded(self._features)
+        common = {
+            "collection_name": self._features,
+            "anns_field": "descriptor",
+            "limit": k,
+            "filter": both(self._of_tenant(facts), expression(where, facts.declared)),
+            "search_params": self._indexing.search_params(k),
+            # Without any output field Milvus Lite would return all of them.
+            "output_fields": ["feature_key"] if self._db.backend == "lite" else [],
+            "consistency_level": self._settings.consistency.capitalize(),
+        }
+        step = max(1, min(_QUERIES, _HITS // k))
+        return [{**common, "data": list(queries[start : start + step])} for start in range(0, len(queries), step)]
+
+    def stored(self, image_keys: Iterable[int]) -> dict[int, tuple[ImageRecord, Features]]:
+        """Record and packed features of those of the images that exist, by image key, in the given order.
+
+        Keypoints and descriptors are rounded as `codec` says. Raises DatabaseError, also for damaged features.
+        """
+        wanted = [int(key) for key in image_keys]
+        calls = self.stored_calls(wanted)
+        return self.stored_answer(wanted, [self._reading("reading images", self._client.get, **call) for call in calls])
+
+    def stored_calls(self, image_keys: Sequence[int]) -> list[dict[str, Any]]:
+        """Arguments of the client's `get`, call by call, whose results `stored_answer` reads."""
+        facts = self._attach()
+        if facts is None:
+            return []
+        self._ensure_loaded(self._images)
+        fields = (*records.record_fields(facts), *keypoint_fields(facts.chunks))
+        return _get_calls(self._images, "image_key", image_keys, fields, self._settings.consistency.capitalize())
+
+    def stored_answer(
+        self, image_keys: Sequence[int], results: Iterable[Sequence[Row]]
+    ) -> dict[int, tuple[ImageRecord, Features]]:
+        """What `stored` returns, from the results of `stored_calls`."""
+        rows, facts = _by_primary("image_key", results), self._facts
+        return {
+            key: (records.record_of(rows[key], facts.tenant_field), records.features_of(rows[key], facts.chunks))
+            for key in image_keys
+            if facts is not None and key in rows
+        }
+
+    def sample(self, count: int, seed: int = 0) -> dict[int, tuple[ImageRecord, Features]]:
+        """At most `count` images, drawn at random, as `stored` gives them.
+
+        Image keys are hashes, so the images whose keys lie in any one range are a random sample.
+        """
+        self._existing()
+        space = 1 << IMAGE_KEY_BITS
+        total = self.count_images()
+        width = space if total <= _KEYS else min(space, math.ceil(space * 1.2 * count / total))
+        first = int(np.random.default_rng(seed).integers(space))
+        ranges = [(first, min(first + width, space)), (0, max(0, first + width - space))]
+        condition = " or ".join(f"(image_key >= {low} and image_key < {high})" for low, high in ranges)
+        rows = self._reading(
+            "drawing a sample",
+            self._client.query,
+            self._images,
+            filter=condition,
+            output_fields=["image_key"],
+            limit=_QUERIES,
+            consistency_level=SESSION,
+        )
+        keys = sorted((int(row["image_key"]) for row in rows), key=lambda key: (key - first) % space)[:count]
+        found: dict[int, tuple[ImageRecord, Features]] = {}
+        for start in range(0, len(keys), _SAMPLED):
+            found.update(self.stored(keys[start : start + _SAMPLED]))
+        return found
+
+    def list(
+        self, prefix: str = "", limit: int | None = None, root: str | None = None, after: str = ""
+    ) -> Iterator[ImageRecord]:
+        """The images in the order of their ids.
+
+        prefix: only ids that start so. limit: at most so many. root: only images ingested from this folder. after: only
+        ids beyond this one, to go on from an earlier listing. With a tenant set, only that tenant's images.
+        Memory holds one id for each image that is listed.
+        """
+        facts = self._attach()
+        if facts is None:
+            return
+        conditions = [tenant] if (tenant := self._of_tenant(facts)) else []
+        conditions += _starting(prefix)
+        if root is not None:
+            conditions.append(f"root == {quoted(root)}")
+        if after:
+            conditions.append(f"image_id > {quoted(after)}")
+        found = ((row["image_id"], int(row["image_key"])) for row in self._scan(" and ".join(conditions)))
+        chosen = sorted(found) if limit is None else heapq.nsmallest(limit, found)
+        for start in range(0, len(chosen), _KEYS):
+            yield from self._records([key for _, key in chosen[start : start + _KEYS]], facts).values()
+
+    def count_images(self) -> int:
+        """Images in the collection."""
+        return self._count(self._images)
+
+    def count_features(self) -> int:
+        """Features in the collection, among them such as a crash left without their image."""
+        return self._count(self._features)
+
+    def _feature_rows(self) -> int:
+        """Rows of the features. Without an index they cannot be loaded and counted: then those flushed."""
+        if self._indexing.described(self._features) != NO_INDEX:
+            return self.count_features()
+        return self._indexing.flushed_rows(self._features)
+
+    def _rows(self, keys: Sequence[int], fields: Sequence[str], consistency: str = STRONG) -> dict[int, Row]:
+        """Rows of the images collection by primary key."""
+        if self._attach() is None:
+            return {}
+        return self._by_key(self._images, "image_key", keys, fields, consistency)
+
+    def _records(self, keys: Sequence[int], facts: CollectionFacts) -> dict[int, ImageRecord]:
+        """Records by image key, those that exist, in the given order."""
+        rows = self._rows(keys, records.record_fields(facts))
+        return {key: records.record_of(rows[key], facts.tenant_field) for key in keys if key in rows}
+
+    def _by_key(
+        self,
+        name: str,
+        primary: str,
+        keys: Sequence[int],
+        fields: Sequence[str],
+        consistency: str,
+        step: int = _KEYS,
+    ) -> dict[int, Row]:
+        calls = _get_calls(name, primary, keys, fields, consistency, step)
+        return _by_primary(primary, (self._reading("reading images", self._client.get, **call) for call in calls))
+
+    def _scan(self, condition: str, fields: Sequence[str] = ("image_id",)) -> Iterator[Row]:
+        """Keys and these fields of the images that meet a condition."""
+        if self._attach() is None:
+            return
+        pages = self._reading(
+            "listing images",
+            self._client.query_iterator,
+            self._images,
+            batch_size=_PAGE,
+            filter=condition,
+            output_fields=["image_key", *fields],
+            consistency_level=STRONG,
+        )
+        try:
+            while True:
+                with self._db.asking("listing images"):
+                    page = pages.next()
+                if not page:
+                    return
+                yield from page
+        finally:
+            pages.close()
+
+    def _count(self, name: str) -> int:
+        if self._attach() is None:
+            return 0
+        rows = self._reading(
+            "counting", self._client.query, name, filter="", output_fields=["count(*)"], consistency_level=STRONG
+        )
+        return int(rows[0]["count(*)"])
+
+
+def _get_calls(
+    name: str, primary: str, keys: Sequence[int], fields: Sequence[str], consistency: str, step: int = _KEYS
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "collection_name": name,
+            "ids": list(keys[start : start + step]),
+            "output_fields": [primary, *fields],
+            "consistency_level": consistency,
+        }
+        for start in range(0, len(keys), step)
+    ]
+
+
+def _by_primary(primary: str, results: Iterable[Sequence[Row]]) -> dict[int, Row]:
+    return {int(row[primary]): row for rows in results for row in rows}
+
+
+def _starting(prefix: str) -> list[str]:
+    """The condition that an id starts so, if there is any: a range, because not every version can escape `like`."""
+    if not prefix:
+        return []
+    end = prefix + chr(0x10FFFF)
+    return [f"image_id >= {quoted(prefix)} and image_id <= {quoted(end)}"]

@@ -1,0 +1,233 @@
+"""Writing one index: images with their features, their metadata, and deleting them.
+
+Invariants, which hold after a crash at any point:
+
+- An image exists if and only if its row in the images collection does, and then all its features are there.
+- The features of one image, row or no row, have the ordinals 0 to m - 1 without a gap: features are written in rising
+  and deleted in falling order. So one look at ordinal n tells whether an earlier, larger version left anything beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from delf_milvus.errors import CollectionError, DatabaseError
+from delf_milvus.features import MAX_FEATURES, ORDINAL_BITS, Features
+from delf_milvus.store import generations, records
+from delf_milvus.store.bulk import BulkImport
+from delf_milvus.store.codec import chunks_needed
+from delf_milvus.store.columns import Columns, joined, length, slices, write_columns
+from delf_milvus.store.keys import feature_keys
+from delf_milvus.store.reading import STRONG, Ids, Keys, StoreReader
+from delf_milvus.store.records import ImageRecord, Row
+from delf_milvus.store.schema import CollectionSpec, keypoint_fields
+
+_DELETED = 16384
+_DESCRIBED = 100
+
+
+class StoreWriter(StoreReader):
+    """What writes; writes of several threads queue up."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._bulk = BulkImport(self._db, self._features, self._settings)
+
+    def write(self, items: Sequence[tuple[ImageRecord, Features]]) -> None:
+        """Store images with their features, replacing images of the same id; of an id given twice the last one counts.
+
+        Everything is checked before anything is written. Then, so that a crash leaves no image half-visible:
+
+        1. delete the rows of images that exist already: from here on they do not exist,
+        2. write the features, in rising ordinals,
+        3. delete the features that an earlier version has beyond the new ones, in falling ordinals,
+        4. write the images' rows: from here on the images exist.
+
+        Raises InputError (an id or metadata that cannot be stored), CollectionError (features of another length, or
+        more than the collection was made for), DatabaseError.
+        """
+        latest = {record.image_id: (self.typed(record), features) for record, features in items}
+        if not latest:
+            return
+        with self._db.write_lock, self._bulk.guarded():
+            facts = self._created()
+            self._check_current()
+            fingerprint = facts.fingerprint
+            complete: dict[int, tuple[ImageRecord, Features]] = {}
+            for record, features in latest.values():
+                if features.dim != fingerprint.dim:
+                    raise CollectionError(
+                        f"Image {record.image_id!r} has descriptors of {features.dim} components, the collection "
+                        f"{self._collection!r} of {fingerprint.dim}: use the model that it was made with."
+                    )
+                if record.key in complete:
+                    _check_collision(complete[record.key][0].image_id, record.image_id)
+                complete[record.key] = (records.completed(record, features, fingerprint), features)
+                if chunks_needed(len(features), fingerprint.dim) > facts.chunks:
+                    # It may fit all the same, but that must be known now.
+                    records.image_row(record, features, facts.chunks)
+            columns = {
+                key: records.feature_columns(key, features, facts.features, record.metadata)
+                for key, (record, features) in complete.items()
+            }
+            self._replace({key: record.image_id for key, (record, _) in complete.items()}, columns)
+            # Packed while the server imports.
+            rows = [records.image_row(record, features, facts.chunks) for record, features in complete.values()]
+            self._bulk.finish()
+            self._write_images(rows)
+
+    @property
+    def imports_files(self) -> bool:
+        """Whether large writes go through the server's bulk import."""
+        return self._bulk.enabled
+
+    def restore(self, image_rows: Mapping[int, Row], columns: Mapping[int, Columns], *, now: bool = True) -> None:
+        """Store images as they are, by key: their rows, and the columns of their features in rising ordinals.
+
+        The caller has checked them. The steps are those of `write`. Not `now`: the images do not exist before `settle`
+        and then `restore_rows`, so that one wait for imports of files serves any number of calls.
+        """
+        with self._db.write_lock, self._bulk.guarded():
+            self._replace({key: row["image_id"] for key, row in image_rows.items()}, columns)
+            if now:
+                self._bulk.finish()
+                self._write_images(list(image_rows.values()))
+
+    def settle(self) -> None:
+        """Wait until all features of earlier calls of `restore` can be found."""
+        with self._db.write_lock, self._bulk.guarded():
+            self._bulk.finish()
+
+    def restore_rows(self, image_rows: Sequence[Row]) -> None:
+        """Write the rows of images whose features are there."""
+        with self._db.write_lock:
+            self._write_images(image_rows)
+
+    def typed(self, record: ImageRecord) -> ImageRecord:
+        """The record as this collection stores it: checked, declared fields typed, tenant filled in.
+
+        Raises InputError for what cannot be stored, and UsageError where the collection keeps tenants apart and none
+        is set.
+        """
+        return records.typed(record, self._attach() or self._planned(), self._owner())
+
+    def describe(self, changed: Sequence[ImageRecord]) -> None:
+        """Rewrite uri, root and metadata of stored images; their features stay. Ids that are not stored are left out.
+
+        Where a declared field changes, its copies in the features change with it: as in `write`, the image does not
+        exist meanwhile.
+
+        Raises InputError (metadata that cannot be stored) and DatabaseError.
+        """
+        changed = [self.typed(record) for record in changed]
+        with self._db.write_lock:
+            facts = self._attach()
+            if facts is None:
+                return
+            self._check_current()
+            names = [field.name for field in facts.declared]
+            fields = (*records.RECORD_FIELDS, *names, *keypoint_fields(facts.chunks), "global_descriptor")
+            for start in range(0, len(changed), _DESCRIBED):
+                batch = {record.key: record for record in changed[start : start + _DESCRIBED]}
+                found = self._rows(list(batch), fields)
+                self._indexing.outdated |= bool(found)
+                moved = [key for key, row in found.items() if any(row[n] != batch[key].metadata[n] for n in names)]
+                # Read while the images still exist: one that lost features stays as it is.
+                columns = [
+                    self._redeclared(key, int(found[key]["feature_count"]), batch[key].metadata) for key in moved
+                ]
+                self._delete_rows(self._images, moved)
+                self._write_columns(self._features, facts.features, columns)
+                self._write_images([records.described(row, batch[key]) for key, row in found.items()])
+
+    def delete(self, image_ids: Iterable[str]) -> Ids:
+        """Delete images: their rows first, then their features. Returns the ids that existed, in the given order."""
+        with self._db.write_lock:
+            self._check_current()
+            found = {record.key: record for record in self.records(image_ids).values()}
+            keys = [feature_keys(key, record.feature_count) for key, record in found.items() if record.feature_count]
+            self._indexing.outdated |= bool(found)
+            self._delete_rows(self._images, list(found))
+            self._delete_rows(self._features, np.concatenate(keys).tolist() if keys else [])
+        return [record.image_id for record in found.values()]
+
+    def _replace(self, ids: Mapping[int, str], columns: Mapping[int, Columns]) -> None:
+        """The first three steps of `write`, for these images by key; `_bulk.finish` comes before the fourth."""
+        self._bulk.recover()
+        stored = self._rows(list(ids), ("image_id", "feature_count"))
+        for key, row in stored.items():
+            _check_collision(row["image_id"], ids[key])
+        leftovers = self._leftovers(columns, stored)
+        self._indexing.outdated = True
+        self._delete_rows(self._images, list(stored))
+        self._write_features(columns, stored)
+        self._delete_rows(self._features, leftovers)
+
+    def _check_current(self) -> None:
+        """Raise CollectionError where the collection was rebuilt since this store was opened: nobody would see what is
+        written to the old generation."""
+        if not self._is_made and generations.current(self._db, self._collection, self._settings.timeout) != (
+            self._generation
+        ):
+            raise CollectionError(
+                f"The collection {self._collection!r} at {self._db.where} was rebuilt for another model meanwhile: "
+                "open it again to write."
+            )
+
+    def _leftovers(self, written: Mapping[int, Columns], stored: Mapping[int, Row]) -> Keys:
+        """Keys of features, in rising order, that earlier versions of these images have beyond the new ones."""
+        keys: list[npt.NDArray[np.int64]] = []
+        unknown: dict[int, int] = {}
+        for key, columns in written.items():
+            count = length(columns)
+            if key in stored:
+                keys.append(feature_keys(key, max(count, int(stored[key]["feature_count"])), count))
+            elif count < MAX_FEATURES:
+                unknown[int(feature_keys(key, count + 1, count)[0])] = count
+        found = self._by_key(self._features, "feature_key", list(unknown), (), STRONG)
+        keys.extend(feature_keys(first >> ORDINAL_BITS, MAX_FEATURES, unknown[first]) for first in found)
+        return np.concatenate(keys).tolist() if keys else []
+
+    def _write_features(self, written: Mapping[int, Columns], stored: Mapping[int, Row]) -> None:
+        """As files where they are many and new, else as messages."""
+        parts = {key: columns for key, columns in written.items() if length(columns)}
+        spec = self._existing().features
+        if self._bulk.enabled and sum(map(length, parts.values())) >= self._settings.bulk_from:
+            # An import replaces nothing: it takes images without any feature, which would be the one of ordinal 0.
+            first = {int(parts[key]["feature_key"][0]): key for key in parts if key not in stored}
+            there = self._by_key(self._features, "feature_key", list(first), (), STRONG)
+            new = sorted(key for feature, key in first.items() if feature not in there)
+            if sum(length(parts[key]) for key in new) >= self._settings.bulk_from:
+                self._bulk.start(spec, joined([parts.pop(key) for key in new]))
+        self._write_columns(self._features, spec, list(parts.values()))
+
+    def _write_columns(self, name: str, spec: CollectionSpec, parts: Sequence[Columns]) -> None:
+        for batch in slices(joined(parts), self._settings.batch_bytes) if parts else ():
+            write_columns(self._db, name, spec, batch)
+
+    def _write_images(self, rows: Sequence[Row]) -> None:
+        spec = self._existing().images
+        # An array's text would take longer than everything else here.
+        sizes = [sum(v.nbytes if isinstance(v, np.ndarray) else len(str(v)) for v in row.values()) for row in rows]
+        for batch in records.batches(rows, sizes, self._settings.batch_bytes):
+            write_columns(self._db, self._images, spec, records.image_columns(batch, spec))
+
+    def _redeclared(self, key: int, count: int, metadata: Mapping[str, Any]) -> Columns:
+        """The features of an image with other values of its declared fields."""
+        spec = self._existing().features
+        changed = {one.name: records.repeated(spec, one.name, metadata[one.name], count) for one in spec.filtered}
+        return self.feature_columns({key: count}) | changed
+
+    def _delete_rows(self, name: str, keys: Sequence[int]) -> None:
+        """Delete by primary key, the last ones first."""
+        for end in range(len(keys), 0, -_DELETED):
+            self._db.call("deleting", self._client.delete, name, ids=list(keys[max(0, end - _DELETED) : end]))
+
+
+def _check_collision(earlier: str, image_id: str) -> None:
+    if earlier != image_id:
+        raise DatabaseError(f"The ids {earlier!r} and {image_id!r} happen to have the same key: rename one of them.")
