@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from milvus_server import COMPOSE, DockerServer, Server, WheelServer, compose_environment, servers
 from numpy.typing import NDArray
+from pymilvus import MilvusClient
 from pytest_docker.plugin import DockerComposeExecutor, Services
 
 RgbImage = NDArray[np.uint8]
@@ -81,6 +83,18 @@ def milvus(request: pytest.FixtureRequest) -> Server:
     """A real Milvus server, shared by all tests: each takes collection names of its own, and may restart it."""
     server: Server = request.getfixturevalue(f"{getattr(request, 'param', 'wheel')}_server")
     return server
+
+
+@pytest.fixture
+def name(milvus: Server) -> Iterator[str]:
+    """A name for collections of the server; what is called so is dropped afterwards."""
+    name = f"t{uuid.uuid4().hex[:12]}"
+    yield name
+    client = MilvusClient(milvus.uri)
+    for collection in client.list_collections():
+        if collection.startswith(name):
+            client.drop_collection(collection)
+    client.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,11 @@ LISTS_VISITED = 1 / 32
 class MemoryCollection:
     """Images by number, in the order given; a `CandidateSource` for the search.
 
-    names: image ids. features: their stored features, all of one dimension.
+    names: image ids. features: their stored features, all of one dimension. exact: compare with every descriptor,
+    which for millions takes seconds a query.
     """
 
-    def __init__(self, names: Sequence[str], features: Sequence[Features]) -> None:
+    def __init__(self, names: Sequence[str], features: Sequence[Features], *, exact: bool = False) -> None:
         # faiss comes with the embedded database.
         import faiss
 
@@ -34,7 +35,7 @@ class MemoryCollection:
         descriptors = np.concatenate([f.descriptors for f in self.features])
         dim = descriptors.shape[1]
         lists = min(4096, len(descriptors) // 400)
-        if lists < 64:
+        if exact or lists < 64:
             self._index: Any = faiss.index_factory(dim, "Flat", faiss.METRIC_INNER_PRODUCT)
         else:
             self._index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)

@@ -11,7 +11,8 @@ What an import is not: it replaces nothing. A row whose key is there already is 
 - only keys that the collection has not are imported; rows of others are upserted,
 - an import that a killed writer left to the server is waited for before anybody looks for keys,
 - nobody looks for keys before all imported rows are loaded: a server loads them some ten seconds after the import,
-  unless it is told to.
+  unless it is told to,
+- of two writers that import the same new images at the same time, the one that ends last is told.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class BulkImport:
     def finish(self) -> None:
         """Wait until the rows of all imports that were started can be found.
 
-        Raises DatabaseError when an import fails or does not end in time.
+        Raises DatabaseError when an import fails or does not end in time, or another writer imported the same keys.
         """
         if not self._probes:
             return
@@ -134,6 +135,11 @@ class BulkImport:
             while not self._found(probes.tolist()):
                 self._check(deadline, "loading of what it imported")
                 time.sleep(_POLL_SECONDS)
+        if any(self._counted(probes.tolist()) > len(probes) for probes in self._probes):
+            raise DatabaseError(
+                f"Somebody else wrote some of the same images to {self._name!r} at {self._db.where} at the same time, "
+                "and their rows are there twice: run `delf-milvus fsck --repair`, then the same command again."
+            )
         self._probes = []
 
     @contextmanager
@@ -212,6 +218,18 @@ class BulkImport:
                 timeout=self._settings.timeout,
             )
         return {int(row[self._primary]) for row in rows} >= set(keys)
+
+    def _counted(self, keys: list[int]) -> int:
+        """Rows of these keys, all of them where one is there twice."""
+        with self._db.asking("counting what was imported"):
+            rows = self._db.client.query(
+                self._name,
+                filter=f"{self._primary} in {keys}",
+                output_fields=["count(*)"],
+                consistency_level="Strong",
+                timeout=self._settings.timeout,
+            )
+        return int(rows[0]["count(*)"])
 
 
 class _Storage:

@@ -8,7 +8,10 @@ kept in --cache, so that a second run with other retrieval settings takes minute
 query, and --against FILE of another run prints the mean difference to them with a 95 % interval (paired bootstrap).
 
 The neighbours come from faiss (a dependency of the embedded database): IVF with so many lists visited that its loss
-is below what these sets can resolve, which keeps the index's quantisation out of a comparison of models.
+is below what these sets can resolve, which keeps the index's quantisation out of a comparison of models. What an index
+of Milvus loses is judged by two runs of one model, `--neighbours exact --save exact.json` and
+`--neighbours milvus --profile IVF_PQ --against exact.json`: through the store, on the test suite's own server
+(Linux x86-64) or on that of --uri.
 """
 
 from __future__ import annotations
@@ -16,21 +19,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import numpy as np
+from milvus_server import WheelServer
 
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.evaluation.metrics import average_precision, ns_score
-from delf_milvus.features import Features
+from delf_milvus.features import Features, Fingerprint
 from delf_milvus.imaging.decode import decode
+from delf_milvus.index import candidates_of
 from delf_milvus.model.extractor import Extractor
-from delf_milvus.retrieval.search import Timings, judge_candidates
-from delf_milvus.settings import DecodeSettings, Settings
+from delf_milvus.retrieval.search import Candidate, CandidateSource, Timings, judge_candidates
+from delf_milvus.settings import DecodeSettings, Profile, Settings, StoreSettings
+from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.records import ImageRecord
 
 SETS = ("ukbench", "landmarks", "multiview", "churches", "objects")
 PLACES = Path(__file__).parents[2] / "delf_milvus/evaluation/judging_places.txt"
@@ -98,9 +111,47 @@ Figures = dict[str, dict[str, dict[str, float]]]
 """Set, then name of the figure, then query: its value."""
 
 
-def judge(photos: PhotoSet, settings: Settings, queries: list[str]) -> Figures:
+class Stored:
+    """Photos in a collection of Milvus, under an index; a `CandidateSource`."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+
+    def neighbours(self, descriptors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.store.neighbours(descriptors, k)
+
+    def candidates(self, image_keys: np.ndarray) -> dict[int, Candidate]:
+        return candidates_of(self.store.stored(image_keys.tolist()))
+
+
+@contextmanager
+def stored(photos: PhotoSet, model: Fingerprint, most: int, uri: str, profile: Profile) -> Iterator[Stored]:
+    """The photos in a collection that is dropped afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = None if uri else WheelServer(Path(folder))
+        try:
+            address = uri or (server.uri if server else "")
+            with FeatureStore.open(address, "judge", model, StoreSettings(timeout=600), max_features=most) as store:
+                for start in range(0, len(photos.names), 50):
+                    some = slice(start, start + 50)
+                    store.write(
+                        [(ImageRecord(n), f) for n, f in zip(photos.names[some], photos.features[some], strict=True)]
+                    )
+                store.build_index(profile)
+                status = store.index_status()
+                print(
+                    f"{status.index} {dict(status.params)} {dict(status.search)}, {status.total_rows} rows", flush=True
+                )
+                yield Stored(store)
+                for name in ("judge_images", "judge_features"):
+                    store.connection.client.drop_collection(name)
+        finally:
+            if server:
+                server.kill()
+
+
+def judge(photos: PhotoSet, collection: CandidateSource, settings: Settings, queries: list[str]) -> Figures:
     """Figures of every query, by set."""
-    collection = MemoryCollection(photos.names, photos.features)
     instances = truth(photos.names)
     members: dict[str, set[str]] = {}
     for name, instance in instances.items():
@@ -152,6 +203,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/judge"))
     parser.add_argument("--quick", action="store_true", help="every fifth query only")
     parser.add_argument("--alone", action="store_true", help="UKBench without distractors only")
+    parser.add_argument("--neighbours", default="memory", choices=("memory", "exact", "milvus"))
+    parser.add_argument("--profile", default="IVF_PQ", help="of the index, with --neighbours milvus")
+    parser.add_argument("--uri", default="", help="of a server, with --neighbours milvus")
     parser.add_argument("--without", nargs="*", default=[], help="sets of distractors to leave out")
     parser.add_argument("--save", type=Path, help="JSON file for the figures of every query")
     parser.add_argument("--against", type=Path, help="such a file of another run, to compare with")
@@ -164,11 +218,21 @@ def main() -> None:
     queries = list(truth(everything.names))
     if options.quick:
         queries = queries[::5]
-    alone = judge(sets["ukbench"], settings, [q for q in queries if q.startswith("ukbench")])
+
+    def opened(photos: PhotoSet) -> AbstractContextManager[CandidateSource]:
+        if options.neighbours == "milvus":
+            most = extractor.plan.stored_features
+            return stored(photos, extractor.fingerprint, most, options.uri, options.profile)
+        exact = options.neighbours == "exact"
+        return nullcontext(MemoryCollection(photos.names, photos.features, exact=exact))
+
+    with opened(sets["ukbench"]) as collection:
+        alone = judge(sets["ukbench"], collection, settings, [q for q in queries if q.startswith("ukbench")])
     print("ukbench alone:", means(alone), flush=True)
     runs = {"alone": alone}
     if not options.alone:
-        runs["with distractors"] = judge(everything, settings, queries)
+        with opened(everything) as collection:
+            runs["with distractors"] = judge(everything, collection, settings, queries)
         print("with distractors:", means(runs["with distractors"]), flush=True)
     if options.save:
         options.save.write_text(json.dumps(runs))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,18 +30,6 @@ pytestmark = pytest.mark.server
 RUN = [sys.executable, "-c", "from delf_milvus.cli.main import run; run()"]
 PHOTOS = 24
 Opener = Callable[..., FeatureStore]
-
-
-@pytest.fixture
-def name(milvus: Server) -> Iterator[str]:
-    """A name for collections, which are dropped afterwards."""
-    name = f"t{uuid.uuid4().hex[:12]}"
-    yield name
-    client = MilvusClient(milvus.uri)
-    for collection in client.list_collections():
-        if collection.startswith(name):
-            client.drop_collection(collection)
-    client.close()
 
 
 @pytest.fixture

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from milvus_server import Server
-from pymilvus import MilvusClient
 from store_samples import MODEL, random_features, random_items
 from test_transfer import answers, varied_items
 
@@ -36,18 +38,6 @@ def storage(milvus: Server) -> Path:
     folder = milvus.storage / f"stage-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     return folder
-
-
-@pytest.fixture
-def name(milvus: Server) -> Iterator[str]:
-    """A collection name; what is called so is dropped afterwards."""
-    name = f"t{uuid.uuid4().hex[:12]}"
-    yield name
-    client = MilvusClient(milvus.uri)
-    for collection in client.list_collections():
-        if collection.startswith(name):
-            client.drop_collection(collection)
-    client.close()
 
 
 @pytest.fixture
@@ -155,6 +145,32 @@ def test_a_write_that_fails_after_its_import_began_is_made_good_by_the_next(
     assert store.count_images() == 1
     store.write(items)
     assert counted(store) == (20, 2000)
+
+
+@pytest.mark.server
+def test_two_writers_that_import_the_same_new_images(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that ends last is told, and what is there twice can be mended."""
+    items = random_items(7, 13, 90)
+    one, other = opened(), opened()
+    one.write(items[:1])  # so that the collection exists
+    begun = threading.Barrier(2)
+    start = bulk.BulkImport.start
+
+    def together(self: bulk.BulkImport, *arguments: Any) -> None:
+        begun.wait(60)
+        start(self, *arguments)
+
+    monkeypatch.setattr(bulk.BulkImport, "start", together)
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = [pool.submit(store.write, items[1:]).exception for store in (one, other)]
+        problems = [problem for outcome in outcomes if (problem := outcome())]
+    monkeypatch.undo()
+    assert problems
+    assert all("rows are there twice: run `delf-milvus fsck --repair`" in str(problem) for problem in problems)
+    one.fsck(repair=True)
+    one.write(items)
+    assert one.fsck().findings == []
+    assert counted(one) == (13, 13 * 90)
 
 
 @pytest.mark.server
