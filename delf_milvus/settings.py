@@ -198,6 +198,9 @@ class SearchSettings(_Stage):
     """How candidates are found and answers ranked."""
 
     top: int = Field(10, ge=1, le=1000, description="Answers at most.")
+    per_region: int = Field(
+        0, ge=0, description="Verified answers at most for each thing that the query shows; 0: no limit."
+    )
     candidates: int = Field(100, ge=1, le=1000, description="Images that are verified, best votes first.")
     neighbours: int = Field(120, ge=1, le=1000, description="Nearest descriptors fetched for each query descriptor.")
     mode: Literal["full", "hits"] = Field(
@@ -216,6 +219,7 @@ class VerifySettings(_Stage):
         25.0, gt=0, description="Most distance of an inlier, pixels of a photo with a longest side of 640."
     )
     min_inliers: int = Field(5, ge=3, description="Inliers below which an affine transform proves nothing.")
+    homography: bool = Field(False, description="Refine the transform of verified answers to a homography.")
     max_false_alarm: float = Field(
         0.01, gt=0, lt=1, description="Share of queries without a match that may be answered with one."
     )

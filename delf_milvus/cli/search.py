@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from delf_milvus.cli.state import Stages, state_of
 from delf_milvus.errors import UsageError, one_line
 
 if TYPE_CHECKING:
-    from delf_milvus.retrieval.search import SearchResult
+    from delf_milvus.retrieval.search import Hit, SearchResult
 
 
 def _box(text: str | None) -> tuple[float, float, float, float] | None:
@@ -34,6 +35,9 @@ def search(
         str, typer.Option(metavar="EXPR", help="Only images that meet this, in declared fields: 'year >= 2020'.")
     ] = "",
     candidates: Annotated[int | None, typer.Option(help="Images that are verified. Default: 100")] = None,
+    per_region: Annotated[
+        int | None, typer.Option(help="Answers at most for each thing in a photo of several. Default: no limit")
+    ] = None,
     include_unverified: Annotated[
         bool, typer.Option("--include-unverified", help="Show candidates without proof too, after the others.")
     ] = False,
@@ -48,7 +52,10 @@ def search(
     Example: delf-milvus search query.jpg --top 5 --out matches/
     """
     state = state_of(context)
-    stages: Stages = {"search": {"top": top, "candidates": candidates, "mode": mode}, "extract": {"preset": preset}}
+    stages: Stages = {
+        "search": {"top": top, "candidates": candidates, "mode": mode, "per_region": per_region},
+        "extract": {"preset": preset},
+    }
     with state.open(stages) as index:
         result = index.search(image, box=_box(box), filter=filter, include_unverified=include_unverified)
         _tell(result, state.json)
@@ -71,22 +78,18 @@ def _tell(result: SearchResult, json: bool) -> None:
         if not result.matched:
             data_line("no match")
         if result.hits:
-            header = ("rank", "image", "inliers", "putatives", "confidence", "verified", "score")
-            data_table(
-                header,
-                (
-                    (
-                        hit.rank,
-                        hit.image_id,
-                        hit.inliers,
-                        hit.putatives,
-                        f"{hit.confidence:.4f}",
-                        "yes" if hit.verified else "no",
-                        f"{hit.score:.3f}",
-                    )
-                    for hit in result.hits
-                ),
-            )
+            columns: dict[str, Callable[[Hit], object]] = {
+                "rank": lambda hit: hit.rank,
+                "image": lambda hit: hit.image_id,
+                "inliers": lambda hit: hit.inliers,
+                "putatives": lambda hit: hit.putatives,
+                "confidence": lambda hit: f"{hit.confidence:.4f}",
+                "verified": lambda hit: "yes" if hit.verified else "no",
+                "score": lambda hit: f"{hit.score:.3f}",
+            }
+            if max(hit.region for hit in result.hits) > 1:
+                columns["region"] = lambda hit: hit.region or ""
+            data_table(tuple(columns), ([cell(hit) for cell in columns.values()] for hit in result.hits))
 
 
 def match(

@@ -8,6 +8,7 @@ and over whatever a test needs. Who must wait for the database otherwise, calls 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,8 +19,10 @@ import numpy.typing as npt
 
 from delf_milvus.features import Box, Features
 from delf_milvus.retrieval.confidence import Calibration
+from delf_milvus.retrieval.homography import refined
 from delf_milvus.retrieval.matching import Matches, match_many
 from delf_milvus.retrieval.ranking import combined_scores
+from delf_milvus.retrieval.regions import bounds, regions
 from delf_milvus.retrieval.verification import Keypoints, Verification, matched_box, verify_many
 from delf_milvus.retrieval.voting import Votes, vote
 from delf_milvus.settings import SearchSettings, VerifySettings
@@ -93,7 +96,9 @@ class Hit:
     verified: the evidence passes the bar. inliers: matches that one affine transform explains, counted by place;
     putatives: matches before geometry. confidence: share of queries without a match in the collection whose best
     answer has less evidence. score: what orders the hits. transform: query pixels to image pixels,
-    [[a, b, tx], [c, d, ty]]. box: x0, y0, x1, y1 of the matched region in the image. metadata: what the image carries.
+    [[a, b, tx], [c, d, ty]]. homography: a finer transform, 3 x 3, where one was asked for and fits better. box:
+    x0, y0, x1, y1 of the matched region in the image; query_box: of the inliers in the query. region: which of the
+    things that the query shows, counted from 1; 0 if not verified. metadata: what the image carries.
     """
 
     rank: int
@@ -105,16 +110,19 @@ class Hit:
     confidence: float
     score: float
     transform: Transform | None
+    homography: Transform | None
     box: Box | None
+    query_box: Box | None
+    region: int
     correspondence: Correspondence = field(repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `--json`."""
         names = ("rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "score")
-        return {name: getattr(self, name) for name in names} | {
-            "transform": self.transform,
+        return {name: getattr(self, name) for name in (*names, "transform", "homography", "region")} | {
             "box": None if self.box is None else list(self.box),
+            "query_box": None if self.query_box is None else list(self.query_box),
             "metadata": dict(self.metadata),
         }
 
@@ -244,13 +252,28 @@ def hits_of(
     confidence = calibration.confidence(judged.inliers)
     verified = confidence >= 1 - verify.max_false_alarm
     order = [i for i in range(len(verified)) if verified[i]]
+    size = query.width, query.height
+    numbers = regions([query.locations[judged.matches[i].query[judged.verifications[i].mask]] for i in order], size)
+    region_of = dict(zip(order, numbers, strict=True))
+    if search.per_region:
+        seen: Counter[int] = Counter()
+        kept = []
+        for i in order:
+            seen[region_of[i]] += 1
+            if seen[region_of[i]] <= search.per_region:
+                kept.append(i)
+        order = kept
     if include_unverified:
         order += [i for i in range(len(verified)) if not verified[i]]
     hits = []
     for rank, i in enumerate(order[: search.top], 1):
-        candidate, verification = judged.candidates[i], judged.verifications[i]
+        candidate, verification, matches = judged.candidates[i], judged.verifications[i], judged.matches[i]
         transform = verification.transform
-        inliers = correspondence(query, candidate.features, judged.matches[i], verification)
+        inliers = correspondence(query, candidate.features, matches, verification)
+        homography = None
+        if verify.homography and verified[i]:
+            sides = keypoints(query), keypoints(candidate.features)
+            homography = refined(*sides, matches, verification, verify.residual)
         hits.append(
             Hit(
                 rank,
@@ -258,11 +281,14 @@ def hits_of(
                 candidate.uri,
                 bool(verified[i]),
                 verification.inliers,
-                len(judged.matches[i].query),
+                len(matches.query),
                 float(confidence[i]),
                 float(judged.scores[i]),
                 None if transform is None else transform.tolist(),
+                None if homography is None else homography.tolist(),
                 region(query_box, candidate.features, verification, inliers),
+                bounds(inliers.query_points),
+                region_of.get(i, 0),
                 inliers,
                 candidate.metadata,
             )
