@@ -7,6 +7,7 @@ protobuf is the array's little-endian bytes behind a length.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -51,40 +52,66 @@ def slices(columns: Columns, limit: int) -> Iterator[Columns]:
         yield {name: values[start : start + step] for name, values in columns.items()}
 
 
-def write_columns(database: Connection, name: str, spec: CollectionSpec, columns: Columns) -> None:
+def write_columns(
+    database: Connection, name: str, spec: CollectionSpec, columns: Columns, *, new: bool = False
+) -> None:
     """Write whole rows, replacing those of the same key. A spec with dynamic fields takes them from METADATA.
 
-    Raises what `Connection.call` raises.
+    new: the caller knows of no rows of these keys, so there is nothing to replace, and no deletion is left that the
+    server would have to work into its segments. A second try replaces all the same, for the first may have arrived;
+    so the client must not try again by itself. Raises what `Connection.call` raises.
     """
+    # On Milvus Lite the newest row of a key wins however it was written; its upsert looks for each old row first.
+    newest_wins = database.backend == "lite"
+    # Before 2.4 an upsert puts rows into partitions that a search for their tenant does not look in.
+    misplaces = any(field.tenant for field in spec.fields) and Engine.of(database.version).release < (2, 4)
+    fields = [_field_data(field, columns[field.name]) for field in spec.fields] if database.plain else []
+    primary = next(field.name for field in spec.fields if field.primary)
+    first = True
+
+    def write(**options: Any) -> None:
+        nonlocal first
+        # A client that is not plain cannot be kept from trying again.
+        inserts = newest_wins or (new and first and database.plain)
+        first = False
+        if not inserts and misplaces:
+            database.client.delete(name, ids=columns[primary].tolist(), **options)
+            inserts = True
+        if database.plain:
+            _send(database, name, spec, columns, fields, inserts, **options)
+        else:
+            (database.client.insert if inserts else database.client.upsert)(name, _rows(spec, columns), **options)
+
+    database.call("writing", write)
+
+
+def _send(
+    database: Connection,
+    name: str,
+    spec: CollectionSpec,
+    columns: Columns,
+    fields: list[Any],
+    inserts: bool,
+    **options: Any,
+) -> None:
     from pymilvus import DataType
     from pymilvus.grpc_gen import milvus_pb2
 
-    # On Milvus Lite the newest row of a key wins however it was written; its upsert looks for each old row first.
-    replaces = database.backend == "lite"
-    if not replaces and any(field.tenant for field in spec.fields) and Engine.of(database.version).release < (2, 4):
-        # Before 2.4 an upsert puts rows into partitions that a search for their tenant does not look in.
-        primary = next(field.name for field in spec.fields if field.primary)
-        database.call("deleting", database.client.delete, name, ids=columns[primary].tolist())
-        replaces = True
-    if not database.plain:
-        write = database.client.insert if replaces else database.client.upsert
-        database.call("writing", write, name, _rows(spec, columns))
-        return
-    request = (milvus_pb2.InsertRequest if replaces else milvus_pb2.UpsertRequest)(
-        collection_name=name,
-        num_rows=length(columns),
-        fields_data=[_field_data(field, columns[field.name]) for field in spec.fields],
+    request = (milvus_pb2.InsertRequest if inserts else milvus_pb2.UpsertRequest)(
+        collection_name=name, num_rows=length(columns), fields_data=fields
     )
     if spec.dynamic:
         free = request.fields_data.add(field_name=METADATA, is_dynamic=True, type=int(DataType.JSON))
         free.scalars.json_data.data.extend(text.encode() for text in columns[METADATA].tolist())
     client = database.client
+    handler = client._get_connection()
     # A request that is ready needs no schema, but without one the handler would ask the server for it.
-    ready = {"schema": {"fields": []}, "context": client._generate_call_context()}
-    if replaces:
-        database.call("writing", client._get_connection().batch_insert, name, [], insert_param=request, **ready)
+    ready = {"schema": {"fields": []}, "context": client._generate_call_context(), **options}
+    if inserts:
+        # Without its decorators: they repeat a call that was cut off, which would insert the rows once more.
+        inspect.unwrap(type(handler).batch_insert)(handler, name, [], insert_param=request, **ready)
     else:
-        database.call("writing", client._get_connection().upsert, name, [], upsert_param=request, **ready)
+        handler.upsert(name, [], upsert_param=request, **ready)
 
 
 def _rows(spec: CollectionSpec, columns: Columns) -> list[dict[str, Any]]:

@@ -291,7 +291,8 @@ def _index(database: Connection, name: str, dim: int) -> Iterator[Check]:
         yield Check("index", "fail", "the features have no index", "any `delf-milvus search` or `ingest` builds one")
         return
     kind = str(described.get("index_type"))
-    indexed, total = int(described.get("indexed_rows", 0)), int(described.get("total_rows", 0))
+    total = int(described.get("total_rows", 0))
+    indexed = min(int(described.get("indexed_rows", 0)), total - int(described.get("pending_index_rows") or 0))
     if indexed < total:
         yield Check(
             "index", "warn", f"{kind}, {indexed} of {total} rows indexed", "wait: searches are slower meanwhile"

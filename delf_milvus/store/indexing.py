@@ -45,13 +45,15 @@ _POLL_SECONDS = 0.5
 
 class BuiltIndex(NamedTuple):
     """An index as Milvus describes it: its type, what it was built with, its state in Milvus's words, and how many of
-    how many flushed rows it holds."""
+    how many flushed rows it holds. pending_rows: those of merged or cleared segments that it does not hold yet; until
+    it does, they are searched one by one."""
 
     type: str
     params: dict[str, int]
     state: str
     indexed_rows: int = 0
     total_rows: int = 0
+    pending_rows: int = 0
 
 
 NO_INDEX = BuiltIndex("none", {}, "no index")
@@ -166,8 +168,13 @@ class Indexing:
             return NO_INDEX
         flat = {**found, **found.get("params", {})}
         params = {key: int(flat[key]) for key in _BUILD_PARAMS if key in flat}
-        rows = (int(found.get(name) or 0) for name in ("indexed_rows", "total_rows"))
-        return BuiltIndex(str(found["index_type"]), params, str(found.get("state", "unknown")), *rows)
+        indexed, total, pending = (
+            int(found.get(name) or 0) for name in ("indexed_rows", "total_rows", "pending_index_rows")
+        )
+        state = str(found.get("state", "unknown"))
+        return BuiltIndex(
+            str(found["index_type"]), params, state, min(indexed, max(0, total - pending)), total, pending
+        )
 
     def status(self, k: int) -> IndexStatus:
         """The index of the features, which stay as they are: loaded or not. k: neighbours of a search."""
@@ -302,7 +309,8 @@ class Indexing:
             progress(BuildProgress("building", index.indexed_rows, index.total_rows))
             if index.state == "Failed":
                 raise DatabaseError(f"The database at {self._db.where} failed while {doing}; its log says why.")
-            if index.state == "Finished" or self._db.backend == "lite":
+            # A server calls an index finished while it is still building it for segments that it has merged.
+            if (index.state == "Finished" and not index.pending_rows) or self._db.backend == "lite":
                 return
             if time.monotonic() > give_up:
                 raise DatabaseError(

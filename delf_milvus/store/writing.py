@@ -9,7 +9,7 @@ Invariants, which hold after a crash at any point:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from delf_milvus.store.schema import CollectionSpec, keypoint_fields
 
 _DELETED = 16384
 _DESCRIBED = 100
+_COUNTED = 1000
 
 
 class StoreWriter(StoreReader):
@@ -161,10 +162,13 @@ class StoreWriter(StoreReader):
         stored = self._rows(list(ids), ("image_id", "feature_count"))
         for key, row in stored.items():
             _check_collision(row["image_id"], ids[key])
-        leftovers = self._leftovers(columns, stored)
+        there = self._there({key: length(one) for key, one in columns.items() if key not in stored})
+        leftovers = _leftovers(columns, stored, there)
         self._indexing.outdated = True
         self._delete_rows(self._images, list(stored))
-        self._write_features(columns, stored)
+        self._write_features(
+            columns, {key for key in columns if key not in stored and key << ORDINAL_BITS not in there}
+        )
         self._delete_rows(self._features, leftovers)
 
     def _check_current(self) -> None:
@@ -178,36 +182,50 @@ class StoreWriter(StoreReader):
                 "open it again to write."
             )
 
-    def _leftovers(self, written: Mapping[int, Columns], stored: Mapping[int, Row]) -> Keys:
-        """Keys of features, in rising order, that earlier versions of these images have beyond the new ones."""
-        keys: list[npt.NDArray[np.int64]] = []
-        unknown: dict[int, int] = {}
-        for key, columns in written.items():
-            count = length(columns)
-            if key in stored:
-                keys.append(feature_keys(key, max(count, int(stored[key]["feature_count"])), count))
-            elif count < MAX_FEATURES:
-                unknown[int(feature_keys(key, count + 1, count)[0])] = count
-        found = self._by_key(self._features, "feature_key", list(unknown), (), STRONG)
-        keys.extend(feature_keys(first >> ORDINAL_BITS, MAX_FEATURES, unknown[first]) for first in found)
-        return np.concatenate(keys).tolist() if keys else []
+    def _there(self, counts: Mapping[int, int]) -> set[int]:
+        """Of images without a row, that get so many features: the keys of their first feature and of the one beyond
+        the last, as far as a crash left them."""
+        looked = [
+            key << ORDINAL_BITS | ordinal for key, n in counts.items() for ordinal in {0, n} if ordinal < MAX_FEATURES
+        ]
+        return set(self._by_key(self._features, "feature_key", looked, (), STRONG))
 
-    def _write_features(self, written: Mapping[int, Columns], stored: Mapping[int, Row]) -> None:
-        """As files where they are many and new, else as messages."""
+    def _write_features(self, written: Mapping[int, Columns], new: Set[int]) -> None:
+        """As files where they are many and new, else as messages. new: images without any feature."""
         parts = {key: columns for key, columns in written.items() if length(columns)}
         spec = self._existing().features
-        if self._bulk.enabled and sum(map(length, parts.values())) >= self._settings.bulk_from:
-            # An import replaces nothing: it takes images without any feature, which would be the one of ordinal 0.
-            first = {int(parts[key]["feature_key"][0]): key for key in parts if key not in stored}
-            there = self._by_key(self._features, "feature_key", list(first), (), STRONG)
-            new = sorted(key for feature, key in first.items() if feature not in there)
-            if sum(length(parts[key]) for key in new) >= self._settings.bulk_from:
-                self._bulk.start(spec, joined([parts.pop(key) for key in new]))
+        # Neither an import nor an insert replaces anything.
+        fresh = sorted(key for key in parts if key in new)
+        if self._bulk.enabled and sum(length(parts[key]) for key in fresh) >= self._settings.bulk_from:
+            self._bulk.start(spec, joined([parts.pop(key) for key in fresh]))
+            fresh = []
+        inserted = [parts.pop(key) for key in fresh]
+        self._write_columns(self._features, spec, inserted, new=True)
         self._write_columns(self._features, spec, list(parts.values()))
+        if self._db.backend == "server" and self._met_another_writer(inserted):
+            self._write_columns(self._features, spec, inserted)
 
-    def _write_columns(self, name: str, spec: CollectionSpec, parts: Sequence[Columns]) -> None:
+    def _met_another_writer(self, inserted: Sequence[Columns]) -> bool:
+        """Whether somebody inserted features of the same images at the same time. Of two who did, at least the one who
+        looks last sees it, for both look when they have inserted theirs."""
+        first = [int(columns["feature_key"][0]) for columns in inserted]
+        for start in range(0, len(first), _COUNTED):
+            keys = first[start : start + _COUNTED]
+            found = self._reading(
+                "counting",
+                self._client.query,
+                self._features,
+                filter=f"feature_key in {keys}",
+                output_fields=["count(*)"],
+                consistency_level=STRONG,
+            )
+            if int(found[0]["count(*)"]) > len(keys):
+                return True
+        return False
+
+    def _write_columns(self, name: str, spec: CollectionSpec, parts: Sequence[Columns], *, new: bool = False) -> None:
         for batch in slices(joined(parts), self._settings.batch_bytes) if parts else ():
-            write_columns(self._db, name, spec, batch)
+            write_columns(self._db, name, spec, batch, new=new)
 
     def _write_images(self, rows: Sequence[Row]) -> None:
         spec = self._existing().images
@@ -226,6 +244,19 @@ class StoreWriter(StoreReader):
         """Delete by primary key, the last ones first."""
         for end in range(len(keys), 0, -_DELETED):
             self._db.call("deleting", self._client.delete, name, ids=list(keys[max(0, end - _DELETED) : end]))
+
+
+def _leftovers(written: Mapping[int, Columns], stored: Mapping[int, Row], there: Set[int]) -> Keys:
+    """Keys of features, in rising order, that earlier versions of these images have beyond the new ones. there: as of
+    `_there`."""
+    keys: list[npt.NDArray[np.int64]] = []
+    for key, columns in written.items():
+        count = length(columns)
+        if key in stored:
+            keys.append(feature_keys(key, max(count, int(stored[key]["feature_count"])), count))
+        elif count < MAX_FEATURES and key << ORDINAL_BITS | count in there:
+            keys.append(feature_keys(key, MAX_FEATURES, count))
+    return np.concatenate(keys).tolist() if keys else []
 
 
 def _check_collision(earlier: str, image_id: str) -> None:

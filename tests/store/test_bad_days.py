@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from store_samples import MODEL, random_items
 
 from delf_milvus.errors import CollectionError, DatabaseError
 from delf_milvus.settings import StoreSettings
-from delf_milvus.store import connection
+from delf_milvus.store import columns, connection, writing
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.keys import split_keys
 
@@ -192,6 +194,49 @@ def test_two_writers_of_the_same_images_leave_them_whole(opened: Opener) -> None
     for record, features in stores[1].stored([record.key for record, _ in items]).values():
         assert record.feature_count == len(features) == 30
         assert np.isfinite(features.locations).all()
+
+
+def test_two_writers_that_insert_the_same_new_images_at_once_leave_each_row_once(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New rows are inserted, which replaces nothing: both writers have found the images absent before either writes."""
+    items = random_items(6, 5, 30)
+    stores = [opened(), opened()]
+    stores[0].write(items[:1])
+    absent = threading.Barrier(2)
+    write_features = writing.StoreWriter._write_features
+
+    def together(self: writing.StoreWriter, *arguments: Any) -> None:
+        absent.wait(60)
+        write_features(self, *arguments)
+
+    monkeypatch.setattr(writing.StoreWriter, "_write_features", together)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda store: store.write(items[1:]), stores))
+    report = stores[0].fsck()
+    assert (report.findings, report.images, report.features) == ([], 5, 150)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_write_whose_answer_was_lost_is_done_again_once(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch, new: bool
+) -> None:
+    items = random_items(8, 3, 30)
+    store = opened(retry_seconds=10)
+    store.write(items[:1] if new else items)
+    send, lost = columns._send, []
+
+    def losing(*arguments: Any, **options: Any) -> None:
+        send(*arguments, **options)
+        if not lost:
+            lost.append(arguments)
+            raise connection.AwayError("The answer was lost.")
+
+    monkeypatch.setattr(columns, "_send", losing)
+    store.write(items)
+    assert lost
+    report = store.fsck()
+    assert (report.findings, report.images, report.features) == ([], 3, 90)
 
 
 def test_a_server_that_is_too_old_is_said_before_anything_is_done(

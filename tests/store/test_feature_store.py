@@ -25,7 +25,7 @@ from store_samples import DIM, MODEL, OTHER_MODEL, random_features, random_items
 from delf_milvus.errors import CollectionError, DatabaseError, InputError, UsageError
 from delf_milvus.features import Features
 from delf_milvus.settings import StoreSettings
-from delf_milvus.store import feature_store
+from delf_milvus.store import writing
 from delf_milvus.store.columns import Columns
 from delf_milvus.store.connection import Connection
 from delf_milvus.store.feature_store import FeatureStore
@@ -171,13 +171,13 @@ def test_deleting_removes_image_and_features(store: FeatureStore) -> None:
 def test_batches_stay_below_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(tmp_path, settings=StoreSettings(batch_bytes=100_000)) as store:
         sizes: list[int] = []
-        write = feature_store.write_columns
+        write = writing.write_columns
 
-        def measured(database: Connection, name: str, spec: CollectionSpec, columns: Columns) -> None:
+        def measured(database: Connection, name: str, spec: CollectionSpec, columns: Columns, **options: bool) -> None:
             sizes.append(sum(values.nbytes for values in columns.values()))
-            write(database, name, spec, columns)
+            write(database, name, spec, columns, **options)
 
-        monkeypatch.setattr(feature_store, "write_columns", measured)
+        monkeypatch.setattr(writing, "write_columns", measured)
         store.write(random_items(4, 40, 100))
         assert len(sizes) > 3
         assert max(sizes) <= 100_000
@@ -412,7 +412,7 @@ def test_a_kill_at_any_step_of_a_write_leaves_no_image_without_its_features(tmp_
         sys.path.insert(0, sys.argv[2])
         from store_samples import MODEL, random_items
         from delf_milvus.settings import StoreSettings
-        from delf_milvus.store import feature_store
+        from delf_milvus.store import writing
         from delf_milvus.store.feature_store import FeatureStore
         store = FeatureStore.open(sys.argv[1], "delf", MODEL, StoreSettings(batch_bytes=100_000))
         store.write(random_items(1, 3, 100) + random_items(1, 1, 100, "untouched"))
@@ -426,7 +426,7 @@ def test_a_kill_at_any_step_of_a_write_leaves_no_image_without_its_features(tmp_
                 return call(*arguments, **options)
             return called
         store._client.insert, store._client.delete = killing(store._client.insert), killing(store._client.delete)
-        feature_store.write_columns = killing(feature_store.write_columns)
+        writing.write_columns = killing(writing.write_columns)
         store.write(random_items(2, 3, 40) + random_items(2, 25, 100, "new"))
     """
     done = subprocess.run(

@@ -261,17 +261,17 @@ def test_a_killed_import_shows_nothing_halfway_and_the_next_one_completes(
         import os, sys
         sys.path.insert(0, sys.argv[1])
         from pathlib import Path
-        from delf_milvus.store import feature_store, transfer
+        from delf_milvus.store import transfer, writing
         from test_transfer import open_store
         left = 4
-        write = feature_store.write_columns
-        def killing(*arguments):
+        write = writing.write_columns
+        def killing(*arguments, **options):
             global left
             left -= 1
             if not left:
                 os.kill(os.getpid(), 9)
-            write(*arguments)
-        feature_store.write_columns = killing
+            write(*arguments, **options)
+        writing.write_columns = killing
         transfer._BATCH_BYTES = 1
         with open_store(Path(sys.argv[2])) as store:
             transfer.import_collection(store, Path(sys.argv[3]))
