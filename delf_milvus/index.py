@@ -23,7 +23,9 @@ from delf_milvus.ingestion.reindex import ReindexReport, reindex
 from delf_milvus.ingestion.scan import read_listing, scan
 from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
 from delf_milvus.retrieval.confidence import Calibration
+from delf_milvus.retrieval.explain import Explanation, explain
 from delf_milvus.retrieval.search import Candidate, Hit, SearchResult, Timings, answer
+from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import Profile, SearchSettings, Settings
 from delf_milvus.store.connection import Connection
 from delf_milvus.store.doctor import Check, examine
@@ -255,6 +257,21 @@ class DelfIndex:
             search=search,
             box=clipped_box(box, features.width, features.height),
             timings=timings,
+        )
+
+    def explain(self, image: Source, image_id: str, *, box: Box | None = None, filter: Filter = "") -> Explanation:
+        """What each stage of `search` thinks of one stored image; arguments and errors as there.
+
+        Raises NotFoundError for an image that is not stored.
+        """
+        key = self.show(image_id).key
+        query = self.query(image, None, box)
+        source = _StoreSource(self._store, filter)
+        votes = vote(*source.neighbours(query.features.descriptors, query.search.neighbours))
+        wanted = np.append(votes.images[: query.search.candidates], key)
+        stored = source.candidates(np.unique(wanted))
+        return explain(
+            query.features, votes, key, stored, query.search, self.settings.verify, self._matcher.calibration
         )
 
     def match(self, first: Source, second: Source) -> PairResult:

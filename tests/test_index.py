@@ -112,6 +112,69 @@ def test_hits_mode_verifies_without_full_matching(tmp_path: Path) -> None:
         assert index.search(cropped(3)).hits[0].image_id == "scene3"
 
 
+def test_each_thing_of_a_composite_is_found_in_a_region_of_its_own(tmp_path: Path) -> None:
+    both = np.concatenate([make_photo(1), make_photo(4)], axis=1)
+    for per_region, expected in ((0, {"1", "1 again", "4"}), (1, {"1", "4"})):
+        settings = Settings(extract={"preset": "fast"}, search={"per_region": per_region})  # type: ignore[arg-type]
+        with DelfIndex.open(tmp_path / "r.db", settings=settings) as opened:
+            for image_id in ("1", "1 again", "4", "7"):
+                opened.add(make_photo(int(image_id[0])), image_id)
+            hits = opened.search(both).hits
+        assert {hit.image_id.replace("1 again", "1") if per_region else hit.image_id for hit in hits} == expected
+        left, right = ([hit for hit in hits if hit.image_id.startswith(name)] for name in "14")
+        assert {hit.region for hit in left} | {hit.region for hit in right} == {1, 2}
+        assert len({hit.region for hit in left}) == len(right) == 1
+        assert all(hit.query_box is not None and hit.query_box[2] < 350 for hit in left)
+        assert all(hit.query_box is not None and hit.query_box[0] > 290 for hit in right)
+
+
+def test_a_homography_is_given_on_request(tmp_path: Path) -> None:
+    corners = np.array([(0, 0), (640, 0), (640, 480), (0, 480)], np.float32)
+    tilted = np.array([(60, 20), (580, 130), (580, 390), (60, 460)], np.float32)
+    truth = cv2.getPerspectiveTransform(corners, tilted)
+    photo = make_photo(2, 640, 480)
+    for asked in (False, True):
+        settings = Settings(extract={"preset": "fast"}, verify={"homography": asked})  # type: ignore[arg-type]
+        with DelfIndex.open(tmp_path / "h.db", settings=settings) as opened:
+            opened.add(cv2.warpPerspective(photo, truth, (640, 480)), "tilted")
+            hit = opened.search(photo).hits[0]
+        assert hit.image_id == "tilted"
+        assert (hit.homography is None) != asked
+    middle = np.array([[(160, 120), (480, 120), (480, 360), (160, 360)]], np.float32)
+    found, true = (cv2.perspectiveTransform(middle, np.array(h)) for h in (hit.homography, truth))
+    affine = middle[0] @ np.array(hit.transform)[:, :2].T + np.array(hit.transform)[:, 2]
+    error, affine_error = (np.linalg.norm(points - true[0], axis=1).mean() for points in (found[0], affine))
+    assert error < affine_error
+
+
+def test_explain_agrees_with_the_search_and_says_what_decided(index: DelfIndex) -> None:
+    photo = cropped(3)
+    hit = index.search(photo).hits[0]
+    found = index.explain(photo, hit.image_id)
+    assert (found.rank, found.verified, found.candidate) == (1, True, True)
+    assert (found.inliers, found.putatives, found.transform) == (hit.inliers, hit.putatives, hit.transform)
+    assert found.confidence == hit.confidence
+    assert found.vote_rank == 1
+    assert 0 < found.voting_features <= found.query_features
+    assert found.verdict.startswith("Verified: ")
+    other = index.explain(photo, "scene0.png")
+    assert (other.rank, other.verified) == (None, False)
+    assert other.confidence < other.bar
+    with pytest.raises(NotFoundError):
+        index.explain(photo, "nothing.png")
+
+
+def test_explain_compares_an_image_that_was_no_candidate(photo_folder: Path, tmp_path: Path) -> None:
+    settings = Settings(extract={"preset": "fast"}, search={"candidates": 1})  # type: ignore[arg-type]
+    with DelfIndex.open(tmp_path / "e.db", settings=settings) as opened:
+        opened.ingest([photo_folder])
+        found = opened.explain(cropped(3), "scene0.png")
+        assert not found.candidate
+        assert not found.verified
+        assert "no candidate" in found.verdict or "(--candidates)" in found.verdict
+        assert "Compared all the same, " in found.verdict
+
+
 def test_a_query_without_features_is_no_match(index: DelfIndex) -> None:
     result = index.search(np.zeros((1, 1, 3), np.uint8))
     assert (result.matched, result.hits, result.query_features) == (False, [], 0)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, data_table, say
+from delf_milvus.cli.output import data_json, data_line, data_table, flat, say
 from delf_milvus.cli.state import Stages, state_of
 from delf_milvus.errors import UsageError, one_line
 
 if TYPE_CHECKING:
+    from delf_milvus.retrieval.explain import Explanation
     from delf_milvus.retrieval.search import Hit, SearchResult
 
 
@@ -45,11 +46,16 @@ def search(
         str | None, typer.Option(help="full (match all descriptors) or hits (neighbours only). Default: full")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for match pictures, one an answer.")] = None,
+    explain: Annotated[
+        str | None, typer.Option(metavar="ID", help="Say what each stage thinks of this stored image instead.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="The preset that the collection was made with.")] = None,
 ) -> None:
     """Find the images that show the same thing as a photo, with proof; exit code 1 when there is none.
 
     Example: delf-milvus search query.jpg --top 5 --out matches/
+
+    Example: delf-milvus search query.jpg --explain photos/tower.jpg
     """
     state = state_of(context)
     stages: Stages = {
@@ -57,6 +63,9 @@ def search(
         "extract": {"preset": preset},
     }
     with state.open(stages) as index:
+        if explain is not None:
+            _explain(index.explain(image, explain, box=_box(box), filter=filter), state.json)
+            return
         result = index.search(image, box=_box(box), filter=filter, include_unverified=include_unverified)
         _tell(result, state.json)
         pictures = index.draw_hits(image, result, out) if out is not None else []
@@ -66,6 +75,17 @@ def search(
         if state.verbose:
             say("seconds: " + ", ".join(f"{step} {s:.3f}" for step, s in result.to_dict()["timings"].items()))
     if not result.matched:
+        raise typer.Exit(1)
+
+
+def _explain(found: Explanation, json: bool) -> None:
+    if json:
+        data_json(found.to_dict())
+    else:
+        rows = flat({name: value for name, value in found.to_dict().items() if name not in ("transform", "verdict")})
+        data_table(("stage", "value"), [(name.replace("_", " "), value) for name, value in rows])
+        data_line(found.verdict)
+    if not found.verified:
         raise typer.Exit(1)
 
 

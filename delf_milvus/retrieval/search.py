@@ -251,18 +251,8 @@ def hits_of(
     """The hits among judged candidates; arguments and order as of `answer`."""
     confidence = calibration.confidence(judged.inliers)
     verified = confidence >= 1 - verify.max_false_alarm
-    order = [i for i in range(len(verified)) if verified[i]]
-    size = query.width, query.height
-    numbers = regions([query.locations[judged.matches[i].query[judged.verifications[i].mask]] for i in order], size)
-    region_of = dict(zip(order, numbers, strict=True))
-    if search.per_region:
-        seen: Counter[int] = Counter()
-        kept = []
-        for i in order:
-            seen[region_of[i]] += 1
-            if seen[region_of[i]] <= search.per_region:
-                kept.append(i)
-        order = kept
+    region_of = verified_regions(query, judged, verified, search.per_region)
+    order = list(region_of)
     if include_unverified:
         order += [i for i in range(len(verified)) if not verified[i]]
     hits = []
@@ -294,6 +284,22 @@ def hits_of(
             )
         )
     return hits
+
+
+def verified_regions(
+    query: Features, judged: Judgement, verified: npt.NDArray[np.bool_], per_region: int
+) -> dict[int, int]:
+    """The region of each verified candidate (see `regions`), by its row, best first; of each region the first
+    `per_region`, or all for 0."""
+    rows = np.flatnonzero(verified).tolist()
+    places = [query.locations[judged.matches[i].query[judged.verifications[i].mask]] for i in rows]
+    seen: Counter[int] = Counter()
+    kept = {}
+    for i, number in zip(rows, regions(places, (query.width, query.height)), strict=True):
+        seen[number] += 1
+        if not per_region or seen[number] <= per_region:
+            kept[i] = number
+    return kept
 
 
 def keypoints(features: Features) -> Keypoints:

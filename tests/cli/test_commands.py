@@ -58,12 +58,24 @@ def test_search_prints_a_table_or_one_object(workplace: Path) -> None:
     assert result.keys() >= {"query", "model", "matched", "hits", "timings"}
     assert result["matched"] is True
     hit = result["hits"][0]
-    names = ["rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "score", "transform", "box"]
-    assert list(hit) == [*names, "metadata"]
+    names = ["rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "score", "transform"]
+    assert list(hit) == [*names, "homography", "region", "box", "query_box", "metadata"]
     assert np.shape(hit["transform"]) == (2, 3)
     steps = {"decode", "extract", "neighbours", "vote", "geometry", "match", "verify", "total"}
     assert result["timings"].keys() == steps
     assert result["timings"]["total"] == pytest.approx(sum(result["timings"][s] for s in steps - {"total"}), abs=1e-4)
+
+
+def test_explaining_one_image(workplace: Path) -> None:
+    told = call(workplace, "--json", "search", "query.png", "--explain", "2.png")
+    assert told.returncode == 0
+    assert json.loads(told.stdout)["verified"] is True
+    table = call(workplace, "search", "query.png", "--explain", "0.png")
+    assert table.returncode == 1
+    assert "vote rank" in table.stdout
+    assert "Not verified: " in table.stdout
+    unknown = call(workplace, "search", "query.png", "--explain", "missing.png")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (5, 1)
 
 
 def test_filters_and_tenants_from_a_listing(tmp_path: Path) -> None:

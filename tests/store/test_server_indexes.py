@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,27 @@ def test_a_profile_is_built_searched_and_described(store: FeatureStore, profile:
     keys, _ = store.neighbours(ITEMS[3][1].descriptors, 20)
     own = ITEMS[3][0].key << 12 | np.arange(100)
     assert (keys == own[:, None]).any(axis=1).mean() > 0.9
+
+
+def test_a_build_waits_for_segments_that_the_server_has_merged(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Milvus 2.3 calls an index finished, and its rows indexed, while it lacks those of a merged segment."""
+    store.build_index("IVF_PQ")
+    describe, left = store._client.describe_index, [4]
+
+    def merging(*arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        pending = 1000 if left[0] > 0 else 0
+        return {**describe(*arguments, **options), "pending_index_rows": pending}
+
+    monkeypatch.setattr(store._client, "describe_index", merging)
+    steps: list[BuildProgress] = []
+    store.build_index("IVF_PQ", steps.append)
+    assert left[0] <= 0
+    building = [step for step in steps if step.step == "building"]
+    assert building[0] == BuildProgress("building", 2000, 3000)
+    assert building[-1] == BuildProgress("building", 3000, 3000)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""What each stage of a search thought of one image, and which of them decided."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from delf_milvus.features import Features
+from delf_milvus.retrieval.confidence import Calibration
+from delf_milvus.retrieval.search import Candidate, Judgement, Timings, Transform, judge, verified_regions
+from delf_milvus.retrieval.voting import Votes
+from delf_milvus.settings import SearchSettings, VerifySettings
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One image in one search.
+
+    query_features, image_features: how many there are. voting_features: of the query, that have the image among their
+    neighbours. votes: its score, vote_rank: its rank among voted_images by that, None without a vote. candidate:
+    whether it was verified as one of the best by votes; the rest is then as in the search, and otherwise what it would
+    have been. putatives: matches before geometry. inliers, transform, confidence, verified: as of a hit. cells: of an
+    8 x 8 grid over the query in which inliers lie. residual: median distance of an inlier from the transform, pixels of
+    the image. scale_agreement: share of the inliers whose scales agree with the transform. bar: least confidence of a
+    verified answer. rank: among the answers, None if it is none of them. verdict: the same in words.
+    """
+
+    image_id: str
+    query_features: int
+    image_features: int
+    voting_features: int
+    votes: float
+    vote_rank: int | None
+    voted_images: int
+    candidate: bool
+    putatives: int
+    inliers: int
+    cells: int
+    residual: float | None
+    scale_agreement: float
+    transform: Transform | None
+    confidence: float
+    bar: float
+    verified: bool
+    rank: int | None
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `--json`."""
+        return asdict(self)
+
+
+def explain(
+    query: Features,
+    votes: Votes,
+    key: int,
+    stored: dict[int, Candidate],
+    search: SearchSettings,
+    verify: VerifySettings,
+    calibration: Calibration,
+) -> Explanation:
+    """Explain the image of this key, which `stored` has beside the candidates, by image key."""
+    image = stored[key]
+    judged = judge(query, votes, stored, search, verify, Timings())
+    position = next((i for i, one in enumerate(judged.candidates) if one.image_id == image.image_id), None)
+    candidate = position is not None
+    if position is None:
+        # Judged beside the candidates, for the chance level of a query is that of all its candidates.
+        judged, position = _with(judged, _alone(query, key, image, search, verify)), len(judged.candidates)
+    confidence = calibration.confidence(judged.inliers)
+    verified = confidence >= 1 - verify.max_false_alarm
+    order = list(verified_regions(query, judged, verified, search.per_region))[: search.top] if candidate else []
+    row = int(np.flatnonzero(votes.images == key)[0]) if key in votes.images else None
+    found = judged.verifications[position]
+    sure = float(confidence[position])
+    explanation = Explanation(
+        image_id=image.image_id,
+        query_features=len(query),
+        image_features=len(image.features),
+        voting_features=0 if row is None else int(votes.offsets[row + 1] - votes.offsets[row]),
+        votes=0.0 if row is None else float(votes.scores[row]),
+        vote_rank=None if row is None else row + 1,
+        voted_images=len(votes),
+        candidate=candidate,
+        putatives=len(judged.matches[position].query),
+        inliers=found.inliers,
+        cells=found.cells,
+        residual=float(np.median(found.residuals[found.mask])) if found.mask.any() else None,
+        scale_agreement=found.scale_agreement,
+        transform=None if found.transform is None else found.transform.tolist(),
+        confidence=sure,
+        bar=1 - verify.max_false_alarm,
+        verified=candidate and sure >= 1 - verify.max_false_alarm,
+        rank=order.index(position) + 1 if position in order else None,
+        verdict="",
+    )
+    return Explanation(**{**vars(explanation), "verdict": _verdict(explanation, search)})
+
+
+def _alone(query: Features, key: int, image: Candidate, search: SearchSettings, verify: VerifySettings) -> Judgement:
+    """The judgement of an image that is no candidate, as if it were the only one."""
+    none = np.empty(0, np.intp)
+    only = Votes(np.array([key], np.int64), np.zeros(1), none, none, np.empty(0, np.float32), np.zeros(2, np.intp))
+    full = search.model_copy(update={"mode": "full"})
+    return judge(query, only, {key: image}, full, verify, Timings())
+
+
+def _with(judged: Judgement, other: Judgement) -> Judgement:
+    return Judgement(
+        judged.candidates + other.candidates,
+        judged.verifications + other.verifications,
+        judged.matches + other.matches,
+        np.concatenate([judged.inliers, other.inliers]),
+        np.concatenate([judged.scores, other.scores]),
+    )
+
+
+def _verdict(found: Explanation, search: SearchSettings) -> str:
+    geometry = _geometry(found)
+    if not found.query_features:
+        return "The query has no features."
+    if found.vote_rank is None:
+        return f"No feature of the query has a neighbour in it: it was no candidate. Compared all the same, {geometry}"
+    if not found.candidate:
+        return (
+            f"It is number {found.vote_rank} by votes, and the best {search.candidates} are verified (--candidates). "
+            f"Compared all the same, {geometry}"
+        )
+    if found.verified and found.rank is None:
+        return f"It is verified, but not among the answers that are shown (--top, --per-region): {geometry}"
+    return ("Verified: " if found.verified else "Not verified: ") + geometry
+
+
+def _geometry(found: Explanation) -> str:
+    if found.putatives < 3:
+        return f"{found.putatives} of its features match the query's, too few for a transform."
+    if found.transform is None:
+        return f"no transform explains three of its {found.putatives} matches that are not on a line."
+    side = "at or above" if found.confidence >= found.bar else "below"
+    return (
+        f"{found.inliers} places of {found.putatives} matches agree on one transform; "
+        f"confidence {found.confidence:.4f} is {side} the bar of {found.bar:g}."
+    )
