@@ -135,30 +135,56 @@ def unrelated(seed: int, matches: int) -> Scene:
     )
 
 
-def facades(seed: int, columns: int, rows: int, *, related: bool) -> Scene:
+def facades(seed: int, columns: int, rows: int, *, related: bool, layers: int = 1) -> Scene:
     """Two fronts of like windows, each window matched to one of the other front, which need not be its own.
 
     related: a third of the windows is matched to its own; otherwise the windows stand in other distances, and any is
-    matched to any.
+    matched to any. layers: features of each window, each of them matched so.
     """
     rng = np.random.default_rng([seed, columns, rows, related])
-    step = 60.0 if related else rng.uniform(40, 58, 2)
+    step = np.full(2, 60.0) if related else rng.uniform(40, 58, 2)
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2)
-    query, image = 40 + 60.0 * grid, 40 + step * grid
-    partner = rng.permutation(len(grid))
-    if related:
-        own = rng.random(len(grid)) < 1 / 3
-        rest = np.flatnonzero(~own)
-        partner = np.arange(len(grid))
-        partner[rest] = rng.permutation(rest)
-    order = rng.permutation(len(grid))
-    ones = np.ones(len(grid), np.float32)
+    own, partner = [], []
+    for _ in range(layers):
+        others = rng.random(len(grid)) >= (1 / 3 if related else 0)
+        window = np.arange(len(grid))
+        window[others] = rng.permutation(window[others])
+        own.append(np.arange(len(grid)))
+        partner.append(window)
+    order = rng.permutation(layers * len(grid))
+    query, image = np.concatenate(own)[order], np.concatenate(partner)[order]
+    ones = np.ones(len(order), np.float32)
     return Scene(
-        Keypoints(query[order].astype(np.float32), ones, SIZE),
-        Keypoints(image[partner][order].astype(np.float32), ones, SIZE),
-        (partner == np.arange(len(grid)))[order],
+        Keypoints((40 + 60.0 * grid[query]).astype(np.float32), ones, SIZE),
+        Keypoints((40 + step * grid[image]).astype(np.float32), ones, SIZE),
+        (query == image) & related,
         np.eye(3),
     )
+
+
+def concentrated(seed: int, matches: int, query_extent: float, image_extent: float) -> Scene:
+    """Matches of which none is true, all in a window of each photo, of that share of its sides."""
+    scene = unrelated(seed, matches)
+    for side, extent in ((scene.query, query_extent), (scene.image, image_extent)):
+        side.points[:] = side.points * extent + np.array(SIZE) * (1 - extent) / 3
+    return scene
+
+
+def rows_of(scene: Scene, rows: NDArray[np.intp]) -> Scene:
+    """The same scene with these matches."""
+    query, image, inlier, truth = scene
+    return Scene(
+        Keypoints(query.points[rows], query.scales[rows], query.size),
+        Keypoints(image.points[rows], image.scales[rows], image.size),
+        inlier[rows],
+        truth,
+    )
+
+
+def reordered(scene: Scene, seed: int, preference: float) -> Scene:
+    """The matches in another order of similarity: with 0 any, with 1 the true ones first, with -1 last."""
+    noise = np.random.default_rng(seed).random(len(scene.inlier))
+    return rows_of(scene, np.argsort(-(noise + preference * scene.inlier), kind="stable"))
 
 
 def verified(scene: Scene, residual: float = CLOSE) -> Verification:

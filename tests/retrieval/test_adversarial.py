@@ -22,10 +22,13 @@ from adversarial import (
     Case,
     as_bytes,
     case_of,
+    concentrated,
     counts,
     facades,
     found,
     make,
+    reordered,
+    rows_of,
     unrelated,
     verified,
 )
@@ -65,17 +68,6 @@ def assert_sound(result: Verification, scene: Scene, residual: float = CLOSE) ->
     assert 1 <= result.cells <= result.mask.sum()
 
 
-def rows_of(scene: Scene, rows: np.ndarray) -> Scene:
-    """The same scene with these matches."""
-    query, image, inlier, truth = scene
-    return Scene(
-        Keypoints(query.points[rows], query.scales[rows], query.size),
-        Keypoints(image.points[rows], image.scales[rows], image.size),
-        inlier[rows],
-        truth,
-    )
-
-
 def drawn_scenes(count: int, seed: int = 0) -> list[Scene]:
     """Scenes of every kind."""
     rng = np.random.default_rng(seed)
@@ -103,6 +95,7 @@ def test_every_result_of_the_grid_is_sound() -> None:
             assert_sound(verified(scene), scene)
 
 
+@pytest.mark.slow
 def test_the_true_transform_is_found_at_least_as_often_as_by_the_reference() -> None:
     rng = np.random.default_rng(2)
     ours, theirs = [], []
@@ -156,9 +149,14 @@ def test_unrelated_matches_do_not_reach_what_true_ones_reach(matches: int, ratio
 
 def test_unrelated_fronts_of_like_windows_look_like_any_unrelated_photos() -> None:
     for columns, rows in ((4, 3), (8, 6), (9, 7)):
-        count = columns * rows
-        windows = [verified(facades(seed, columns, rows, related=False)).inliers for seed in range(30)]
-        anything = [verified(unrelated(seed, count)).inliers for seed in range(30)]
+        windows, anything = [], []
+        for seed in range(30):
+            front = facades(seed, columns, rows, related=False)
+            rng = np.random.default_rng(seed)
+            spread = [rng.uniform(side.points.min(axis=0), side.points.max(axis=0), side.points.shape)
+                      for side in (front.query, front.image)]  # fmt: skip
+            windows.append(verified(front).inliers)
+            anything.append(verified(points_only(*spread)).inliers)
         assert np.mean(windows) <= np.mean(anything) + 1
         assert max(windows) <= max(anything) + 3
 
@@ -172,22 +170,55 @@ def test_like_windows_add_nothing_to_the_count_of_a_true_front() -> None:
 
 
 def test_windows_that_are_matched_at_several_scales_count_once_each() -> None:
-    # Each window has a feature of every scale, matched to any window: 48 places, 288 matches.
-    counted = []
     for seed in range(10):
-        layers = [facades(10 * seed + layer, 8, 6, related=False) for layer in range(6)]
-        step = layers[0].image.points.max(axis=0) - layers[0].image.points.min(axis=0)
-        images = [
-            s.image.points.min(axis=0)
-            + (s.image.points - s.image.points.min(axis=0)) * step / np.ptp(s.image.points, 0)
-            for s in layers
-        ]
-        scene = points_only(np.concatenate([s.query.points for s in layers]), np.concatenate(images))
+        scene = facades(seed, 8, 6, related=True, layers=6)
+        windows = len(np.unique(scene.query.points[scene.inlier], axis=0))
         result = verified(scene)
         assert_sound(result, scene)
-        counted.append(result.inliers)
-    assert max(counted) <= 48
-    assert np.mean(counted) < 24
+        assert found(result.transform, scene)
+        assert result.inliers <= windows + 1
+        scene = facades(seed, 8, 6, related=False, layers=6)
+        result = verified(scene)
+        assert_sound(result, scene)
+        assert result.inliers < 24
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="the residual is a length in the image alone: whatever shrinks the query into it agrees by chance",
+)
+def test_matches_that_fall_on_one_corner_of_the_image_prove_nothing() -> None:
+    for matches in (100, 300):
+        usual = [verified(unrelated(seed, matches), RESIDUAL).inliers for seed in range(20)]
+        corner = [verified(concentrated(seed, matches, 1.0, 0.15), RESIDUAL).inliers for seed in range(20)]
+        assert np.median(corner) <= 2 * np.median(usual)
+
+
+def test_matches_that_come_from_one_corner_of_the_query_prove_nothing() -> None:
+    for matches in (100, 300):
+        usual = [verified(unrelated(seed, matches), RESIDUAL).inliers for seed in range(20)]
+        corner = [verified(concentrated(seed, matches, 0.15, 1.0), RESIDUAL).inliers for seed in range(20)]
+        assert np.median(corner) <= 2 * np.median(usual)
+
+
+# Order of similarity
+
+
+@pytest.mark.parametrize("rotation", [0, 45])
+def test_the_order_of_similarity_need_not_know_what_is_true(rotation: float) -> None:
+    for matches, ratio in ((100, 0.4), (300, 0.3), (1000, 0.2)):
+        scenes = [reordered(make(Case(matches, ratio, rotation=rotation), seed), seed, 0.0) for seed in range(8)]
+        assert np.mean([found(verified(scene).transform, scene) for scene in scenes]) >= 0.9
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="only the 192 most similar matches propose upright transforms, and pairs of the first 56 turned ones",
+)
+@pytest.mark.parametrize(("matches", "ratio", "rotation"), [(300, 0.3, 0), (100, 0.4, 45)])
+def test_true_matches_are_found_behind_more_similar_wrong_ones(matches: int, ratio: float, rotation: float) -> None:
+    scenes = [reordered(make(Case(matches, ratio, rotation=rotation), seed), seed, -1.0) for seed in range(8)]
+    assert np.mean([found(verified(scene).transform, scene) for scene in scenes]) >= 0.9
 
 
 # Listed several times
@@ -205,6 +236,15 @@ def test_matches_listed_several_times_count_once(repeated: object, times: int) -
             assert found(often.transform, scene)
             for row in np.flatnonzero(scene.inlier)[:5]:
                 assert len(set(often.mask[rows == row].tolist())) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="places are cells of a fixed grid: what lies on a border of cells is two places")
+def test_features_around_one_spot_are_one_place_wherever_it_is() -> None:
+    rng = np.random.default_rng(0)
+    spots = PLACE * (rng.integers(5, 50, (6, 2)) + 0.5)
+    around = np.repeat(spots, 12, axis=0)
+    query, image = (around + rng.uniform(-1, 1, around.shape) for _ in range(2))
+    assert verified(points_only(query, image)).inliers <= len(spots)
 
 
 @pytest.mark.parametrize("matches", [3, 20, 100])
