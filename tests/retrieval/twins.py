@@ -6,12 +6,10 @@ Votes with dictionaries, mutual neighbours with loops, and the geometry as in th
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 
 import numpy as np
-from skimage.measure import ransac
-from skimage.transform import AffineTransform
+from reference_pipeline import verify
 
 from delf_milvus.features import ORDINAL_BITS
 
@@ -61,16 +59,4 @@ def slow_match(query, candidate, threshold):
 
 def slow_verify(query_points, image_points, residual, *, trials=1000, seed=0):
     """Inlier mask (M,) of skimage's RANSAC: affine, three samples."""
-    if len(query_points) < 4:
-        return np.zeros(len(query_points), bool)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, mask = ransac(
-            (np.asarray(query_points, float), np.asarray(image_points, float)),
-            AffineTransform,
-            min_samples=3,
-            residual_threshold=residual,
-            max_trials=trials,
-            rng=seed,
-        )
-    return np.zeros(len(query_points), bool) if mask is None else np.asarray(mask, bool)
+    return verify(query_points, image_points, residual, trials=trials, seed=seed).mask
