@@ -142,7 +142,8 @@ def verify(
     query_points, image_points: (M, 2), pixels; query_scales, image_scales: (M,), positive; row i of each is match i.
         Matches come in falling similarity, for the first ones propose.
     query_size, image_size: (width, height) in pixels.
-    residual: most distance of an inlier, in pixels of an image with a longest side of 640.
+    residual: most distance of an inlier, in pixels of an image with a longest side of 640; less where the image shows
+        the thing smaller than the query does, in proportion to the square root of how much smaller.
     min_inliers: places that must agree before the transform may be affine; with fewer it stays a similarity, because
         an affine transform through so few proves nothing.
     There are no inliers with fewer than three matches, or if those that agree lie at one point or on one line.
@@ -226,7 +227,7 @@ def _verify(query: Keypoints, image: Keypoints, residual: float, min_inliers: in
         return _nothing(count)
     a, b, t = found
     distance = np.abs(a * matched.q + b * matched.q.conj() + t - matched.x)
-    mask = distance <= residual
+    mask = distance**2 <= _allowed(a, b, residual)
 
     linear = np.array([[a.real + b.real, b.imag - a.imag], [a.imag + b.imag, a.real - b.real]])
     shift = t + x_mean - a * q_mean - b * q_mean.conjugate()
@@ -262,6 +263,16 @@ def _nothing(count: int) -> Verification:
     return Verification(0, np.zeros(count, np.bool_), None, np.zeros(count, np.float32), 0, 0.0)
 
 
+def _allowed(a: npt.ArrayLike, b: npt.ArrayLike, residual: float) -> Float64Array:
+    """Most squared distance of an inlier in the image: less where the transform shrinks, by the square root of its zoom.
+
+    A transform that shrinks the query into a corner of the image brings everything there near to everything; but the
+    keypoints of a small thing are not known as much better as it is smaller.
+    """
+    zoom: Float64Array = np.sqrt(np.maximum(np.abs(a) ** 2 - np.abs(b) ** 2, 0))
+    return np.minimum(zoom, 1.0) * residual**2
+
+
 def _complex(points: Float32Array) -> ComplexArray:
     return np.ascontiguousarray(points, np.float64).view(np.complex128)[:, 0]
 
@@ -288,9 +299,10 @@ def _propose(matched: _Matched, residual: float) -> ComplexArray:
     # every proposal with every match: 1 for a perfect one, 0 at the residual.
     ta, qx = t.conj() * a, q * x.conj()
     of_match = [_square(q), np.ones(len(q)), _square(x), q.real, q.imag, qx.real, qx.imag, x.real, x.imag]
-    of_proposal = [_square(a), _square(t) - residual**2, np.ones(len(a)), 2 * ta.real, -2 * ta.imag]
+    allowed = _allowed(a, np.zeros(len(a)), residual)
+    of_proposal = [_square(a), _square(t) - allowed, np.ones(len(a)), 2 * ta.real, -2 * ta.imag]
     of_proposal += [-2 * a.real, 2 * a.imag, -2 * t.real, -2 * t.imag]
-    left = np.array(of_proposal, np.float32).T * np.float32(-1 / residual**2)
+    left = (np.array(of_proposal) / -allowed).astype(np.float32).T
     agreement = left @ np.array(of_match, np.float32)
     np.maximum(agreement, 0, out=agreement)
     score = agreement @ weight.astype(np.float32)
@@ -332,7 +344,8 @@ def _refine(transforms: ComplexArray, matched: _Matched, residual: float, min_in
     best, best_score = transforms, np.zeros(len(transforms))
     fits = SIMILARITY_FITS + AFFINE_FITS
     for fit in range(fits + 1):
-        agreement = 1 - _square(transforms @ design - x) / residual**2
+        allowed = _allowed(transforms[:, 0], transforms[:, 1], residual)
+        agreement = 1 - _square(transforms @ design - x) / allowed[:, None]
         moments = ((agreement >= 0).astype(np.float64) @ monomials).view(np.complex128).T
         n = np.maximum(moments[0].real, 1e-9)
         q1, x1, qq, q2, xq, qx, xx, x2 = moments[1:] / n
