@@ -17,6 +17,7 @@ from delf_milvus.imaging.decode import RgbImage, Source, decode
 from delf_milvus.imaging.draw import match_picture, save_picture
 from delf_milvus.model.spec import BUNDLED, fingerprint_of, resolve
 from delf_milvus.retrieval.confidence import Calibration
+from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.matching import match
 from delf_milvus.retrieval.search import Correspondence, Transform, correspondence, keypoints, region
 from delf_milvus.retrieval.verification import verify_many
@@ -35,14 +36,16 @@ CALIBRATION_SUFFIX = ".calibration.json"
 class PairResult:
     """What two photos have in common.
 
-    matched: the evidence passes the bar. inliers, putatives, confidence, transform, box: as of a search's hit, with
-    the first photo as the query; confidence is the share of unrelated pairs with less evidence.
+    matched: the evidence passes the bar. inliers, putatives, transform, box: as of a search's hit, with the first photo
+    as the query. confidence: probability that they show the same thing, if half of all pairs do. false_alarm: share of
+    unrelated pairs with at least this evidence.
     """
 
     matched: bool
     inliers: int
     putatives: int
     confidence: float
+    false_alarm: float
     transform: Transform | None
     box: Box | None
     seconds: float
@@ -50,7 +53,7 @@ class PairResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `--json`."""
-        names = ("matched", "inliers", "putatives", "confidence", "transform")
+        names = ("matched", "inliers", "putatives", "confidence", "false_alarm", "transform")
         return {name: getattr(self, name) for name in names} | {
             "box": None if self.box is None else list(self.box),
             "seconds": round(self.seconds, 6),
@@ -120,13 +123,15 @@ class PhotoMatcher:
             residual=verify.residual,
             min_inliers=verify.min_inliers,
         )
-        confidence = float(self.calibration.pair_confidence([verification.inliers])[0])
+        assessed = self.calibration.assess_pairs(evidence(keypoints(query), [matches], [verification]))
+        false_alarm = float(assessed.false_alarm[0])
         inliers = correspondence(query, image, matches, verification)
         return PairResult(
-            matched=confidence >= 1 - verify.max_false_alarm,
+            matched=false_alarm <= verify.max_false_alarm,
             inliers=verification.inliers,
             putatives=len(matches.query),
-            confidence=confidence,
+            confidence=float(assessed.confidence[0]),
+            false_alarm=false_alarm,
             transform=None if verification.transform is None else verification.transform.tolist(),
             box=region((0, 0, query.width, query.height), image, verification, inliers),
             seconds=time.perf_counter() - started,

@@ -153,13 +153,13 @@ def test_explain_agrees_with_the_search_and_says_what_decided(index: DelfIndex) 
     found = index.explain(photo, hit.image_id)
     assert (found.rank, found.verified, found.candidate) == (1, True, True)
     assert (found.inliers, found.putatives, found.transform) == (hit.inliers, hit.putatives, hit.transform)
-    assert found.confidence == hit.confidence
+    assert (found.confidence, found.false_alarm) == (hit.confidence, hit.false_alarm)
     assert found.vote_rank == 1
     assert 0 < found.voting_features <= found.query_features
     assert found.verdict.startswith("Verified: ")
     other = index.explain(photo, "scene0.png")
     assert (other.rank, other.verified) == (None, False)
-    assert other.confidence < other.bar
+    assert other.false_alarm > other.max_false_alarm
     with pytest.raises(NotFoundError):
         index.explain(photo, "nothing.png")
 

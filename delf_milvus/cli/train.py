@@ -146,13 +146,20 @@ def calibration(
     fill: Annotated[
         list[Path] | None, typer.Option(help="Folder of further unrelated photos; give it again for more.")
     ] = None,
+    matches: Annotated[
+        Path | None, typer.Option(help="Folder of folders, one a place or thing, to weigh the evidence by.")
+    ] = None,
+    exclude: Exclude = None,
 ) -> None:
     """Measure what evidence photos without a match reach, so that confidence can be compared with it.
+
+    Without --matches the weights of the evidence stay those of the bundled model.
 
     Example: delf-milvus --model model.safetensors train calibration --data photos/ --out model.calibration.json
     """
     from delf_milvus.evaluation.calibration import CalibrationConfig, calibrate
 
     settings = state_of(context).load().settings
-    calibrate(CalibrationConfig(data, tuple(fill or ())), settings, _say).write(out)
+    config = CalibrationConfig(data, tuple(fill or ()), matches, frozenset(_names(exclude)))
+    calibrate(config, settings, _say).write(out)
     typer.echo(out)

@@ -270,7 +270,7 @@ def _exact(index: DelfIndex, sample: _Sample) -> list[_Exact]:
         judged = judge_candidates(
             query, _Source(sample, keys, similarities), settings.search, settings.verify, Timings()
         )
-        sure = index.calibration.confidence(judged.inliers) >= 1 - settings.verify.max_false_alarm
+        sure = index.calibration.assess(judged.evidence).false_alarm <= settings.verify.max_false_alarm
         ranking = [candidate.image_id for candidate in judged.candidates]
         exact.append(_Exact(keys, ranking, {name for name, one in zip(ranking, sure.tolist(), strict=True) if one}))
     return exact

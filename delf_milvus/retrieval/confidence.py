@@ -1,35 +1,41 @@
-"""How sure an answer is: its evidence compared with what photos without a match reach.
+"""How sure an answer is: all its evidence, weighed, and compared with what photos reach that have no match.
 
-The evidence of a candidate is the logarithm of its inliers against the chance level of its query: what a good quarter
-of the other candidates, nearly all of them unrelated, reach by accident. Some photos (textures, repeated windows)
-gather chance inliers everywhere, and must show more.
+The evidence of a candidate (see `evidence`) is weighed into one score, a logarithm of odds, together with the chance
+levels of its query: the inliers and the putative matches that a good quarter of the other candidates, nearly all of
+them unrelated, reach by accident. Some photos (textures, repeated windows, plain backgrounds) gather matches
+everywhere, and must show more.
 
-The confidence of an answer is the share of queries without a match whose best candidate has less evidence; that of a
-pair, the share of unrelated pairs. It is not the probability that the answer is right, which would need to know how
-many queries have a match at all; it is what a false-alarm rate can be read off: answering only at a confidence of at
-least 0.99 gives one false alarm in a hundred queries without a match.
+Two numbers follow from the score:
+
+- `false_alarm`: the share of queries without a match whose best candidate has at least this score; for a pair, the
+  share of unrelated pairs. The bar of an answer is set on it: at most 0.01 means one false alarm in a hundred queries
+  without a match, however many queries have one.
+- `confidence`: the probability that the answer shows the same thing, if half of all queries have a match (and half of
+  all pairs show the same thing). Where matches are rarer than that, it is lower.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.errors import ModelError
+from delf_milvus.retrieval.evidence import INLIERS, NAMES, PUTATIVES
 
 Floats = npt.NDArray[np.float64]
 
 TAIL = 0.1
-"""Share of the calibration sample, the largest evidence, that an exponential tail stands for."""
+"""Share of the calibration sample, the largest scores, that an exponential tail stands for."""
 
-FAR_TAIL = 0.02
-"""Share that fixes the tail's slope. What lies beyond may be pairs that do show the same thing, in data that is meant
-to be unrelated; it does not count."""
+TAIL_SHARES = (0.05, 0.03, 0.02, 0.015)
+"""Shares whose quantiles fix the tail's slope, by their median. What lies beyond may be photos that do show the same
+thing, in data that is meant to be unrelated; it does not count."""
 
 LEVELS = 101
 """Quantiles that are kept of the rest."""
@@ -38,14 +44,25 @@ CROWD = 20
 """Candidates below which the chance level of a query cannot be told from its own candidates."""
 
 CHANCE = 0.75
-"""Quantile of the candidates' inliers that is the chance level."""
+"""Quantile of the candidates that is the chance level."""
+
+RIDGE = 1e-3
+"""Pull of the weights towards zero, for columns of unit variance."""
+
+
+class Assessment(NamedTuple):
+    """What is thought of candidates or pairs: (N,) each. confidence: probability, false_alarm: share, of the module's
+    head; without inliers 0 and 1."""
+
+    confidence: Floats
+    false_alarm: Floats
 
 
 @dataclass(frozen=True)
 class Survival:
-    """How often evidence of at least some value occurs where there is no match.
+    """How often a score of at least some value occurs where there is no match.
 
-    quantiles: evidence at evenly spaced shares from 0 to 1 - TAIL of the sample. tail: scale of the exponential that
+    quantiles: scores at evenly spaced shares from 0 to 1 - TAIL of the sample. tail: scale of the exponential that
     continues them.
     """
 
@@ -54,16 +71,18 @@ class Survival:
 
     @staticmethod
     def fit(sample: npt.ArrayLike) -> Survival:
-        """Fit to the evidence of unrelated cases, (N,); raises ValueError for fewer than 100."""
+        """Fit to the scores of unrelated cases, (N,); raises ValueError for fewer than 100."""
         values = np.sort(np.asarray(sample, np.float64))
         if len(values) < 100 or not np.isfinite(values).all():
             raise ValueError(f"a calibration needs at least 100 finite values, not {len(values)}")
         quantiles = np.quantile(values, np.linspace(0, 1 - TAIL, LEVELS))
-        tail = (np.quantile(values, 1 - FAR_TAIL) - quantiles[-1]) / np.log(TAIL / FAR_TAIL)
-        return Survival(tuple(quantiles.round(4).tolist()), max(round(float(tail), 4), 1e-3))
+        shares = np.array(TAIL_SHARES)
+        beyond = np.quantile(values, 1 - shares) - quantiles[-1]
+        tail = float(np.median(beyond / np.log(TAIL / shares)))
+        return Survival(tuple(quantiles.round(4).tolist()), max(round(tail, 4), 1e-3))
 
     def __call__(self, values: npt.ArrayLike) -> Floats:
-        """Share of unrelated cases with at least this evidence, (N,), in (0, 1]; falls with the evidence."""
+        """Share of unrelated cases with at least this score, (N,), in (0, 1]; falls with the score."""
         array = np.asarray(values, np.float64)
         shares = np.linspace(1, TAIL, len(self.quantiles))
         body = np.interp(array, self.quantiles, shares)
@@ -72,42 +91,69 @@ class Survival:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What unrelated photos reach: the best of a search's candidates, and a single pair.
+class Scorer:
+    """Weights of the evidence, and what its scores mean.
 
-    chance: least, typical and largest chance level of a query, inliers. A query's own level is kept within them, so
-    that a collection full of true matches does not raise its own bar without end.
+    weights: one for each column of `evidence`, and for a search two more, for the chance levels of inliers and
+    putatives. unrelated: of the best score of a search, or of a pair, without a match. slope, offset: the confidence is
+    the logistic function of slope * score + offset.
+    """
+
+    weights: tuple[float, ...]
+    unrelated: Survival
+    slope: float
+    offset: float
+
+    def scores(self, columns: Floats) -> Floats:
+        """(N,) from (N, len(weights))."""
+        scores: Floats = columns @ np.array(self.weights)
+        return scores
+
+    def assess(self, columns: Floats) -> Assessment:
+        """Assess rows of evidence, with the chance levels where there are weights for them."""
+        scores = self.scores(columns)
+        some = columns[:, INLIERS] > 0
+        odds = np.clip(self.slope * scores + self.offset, -50, 50)
+        return Assessment(np.where(some, 1 / (1 + np.exp(-odds)), 0.0), np.where(some, self.unrelated(scores), 1.0))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a model's evidence is weighed and what unrelated photos reach.
+
+    chance: least, typical and largest chance level of a query, for inliers and for putatives, as `evidence` has them. A
+    query's own levels are kept within them, so that a collection full of true matches does not raise its own bar
+    without end. answers: for the candidates of a search; pairs: for pairs that were compared on their own.
     version: of the definition of evidence; a file of another version is refused.
     """
 
-    chance: tuple[float, float, float]
-    answers: Survival
-    pairs: Survival
-    version: int = 1
+    chance: tuple[tuple[float, float, float], tuple[float, float, float]]
+    answers: Scorer
+    pairs: Scorer
+    version: int = 2
 
-    @staticmethod
-    def fit(searches: Sequence[npt.ArrayLike], pairs: npt.ArrayLike) -> Calibration:
-        """Fit to the inliers of all candidates of each search without a match, and of unrelated pairs.
+    def assess(self, evidence: Floats) -> Assessment:
+        """Assess all candidates of one search, (N, len(NAMES))."""
+        return self.answers.assess(with_levels(evidence, self.chance))
+
+    def assess_pairs(self, evidence: Floats) -> Assessment:
+        """Assess pairs that were compared on their own, (N, len(NAMES))."""
+        return self.pairs.assess(evidence)
+
+    def refitted(self, searches: Sequence[Floats], pairs: Floats) -> Calibration:
+        """With the same weights, for other unrelated photos: the evidence of all candidates of searches without a
+        match, and of unrelated pairs.
 
         Raises ValueError for fewer than 100 searches or pairs.
         """
-        crowds = [np.asarray(inliers, np.float64) for inliers in searches]
-        levels = [np.quantile(inliers, CHANCE) for inliers in crowds if len(inliers) >= CROWD]
-        least, typical, largest = np.quantile(levels, [0.05, 0.5, 0.95]).round(2).tolist() if levels else (0, 0, 0)
-        chance = (float(least), float(typical), float(largest))
-        nothing = float(_evidence(0, typical))
-        best = [_evidence(inliers, _level(inliers, chance)).max(initial=nothing) for inliers in crowds]
-        return Calibration(chance, Survival.fit(best), Survival.fit(_evidence(pairs, typical)))
-
-    def confidence(self, inliers: npt.ArrayLike) -> Floats:
-        """Confidence of all candidates of one search, (N,), by their inliers."""
-        counts = np.asarray(inliers, np.float64)
-        return np.where(counts > 0, 1 - self.answers(_evidence(counts, _level(counts, self.chance))), 0.0)
-
-    def pair_confidence(self, inliers: npt.ArrayLike) -> Floats:
-        """Confidence of pairs that were compared on their own, (N,)."""
-        counts = np.asarray(inliers, np.float64)
-        return np.where(counts > 0, 1 - self.pairs(_evidence(counts, self.chance[1])), 0.0)
+        chance = chance_levels(searches)
+        best = best_scores(self.answers, searches, chance)
+        return replace(
+            self,
+            chance=chance,
+            answers=replace(self.answers, unrelated=Survival.fit(best)),
+            pairs=replace(self.pairs, unrelated=Survival.fit(self.pairs.scores(pairs))),
+        )
 
     def write(self, path: Path) -> None:
         """Write as JSON."""
@@ -120,24 +166,83 @@ class Calibration:
             values = json.loads(path.read_text())
             if values["version"] != Calibration.version:
                 raise ValueError(f"version {values['version']}, not {Calibration.version}")
-            least, typical, largest = map(float, values["chance"])
-            answers, pairs = (
-                Survival(tuple(map(float, values[name]["quantiles"])), float(values[name]["tail"]))
-                for name in ("answers", "pairs")
-            )
+            (a, b, c), (d, e, f) = (map(float, levels) for levels in values["chance"])
+            answers = _scorer(values["answers"], len(NAMES) + 2)
+            pairs = _scorer(values["pairs"], len(NAMES))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ModelError(f"{path} is not a calibration of this version ({error}).") from error
-        return Calibration((least, typical, largest), answers, pairs)
+        return Calibration(((a, b, c), (d, e, f)), answers, pairs)
 
 
-def _level(inliers: Floats, chance: tuple[float, float, float]) -> float:
-    """Inliers that the query's candidates reach by chance."""
-    least, typical, largest = chance
-    if len(inliers) < CROWD:
-        return typical
-    return float(np.clip(np.quantile(inliers, CHANCE), least, largest))
+def chance_levels(searches: Sequence[Floats]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """The `chance` of searches without a match, each the evidence of its candidates, (N, len(NAMES))."""
+    levels = [np.quantile(one[:, [INLIERS, PUTATIVES]], CHANCE, axis=0) for one in searches if len(one) >= CROWD]
+    least, typical, largest = np.quantile(levels or [np.zeros(2)], [0.05, 0.5, 0.95], axis=0).round(3).tolist()
+    return (least[0], typical[0], largest[0]), (least[1], typical[1], largest[1])
 
 
-def _evidence(inliers: npt.ArrayLike, level: float) -> Floats:
-    """Logarithm of the inliers against a level; the constants keep small counts from swinging it."""
-    return np.log((np.asarray(inliers, np.float64) + 1) / (level + 2))
+def with_levels(evidence: Floats, chance: tuple[tuple[float, float, float], tuple[float, float, float]]) -> Floats:
+    """The evidence of all candidates of a search, with the query's chance levels as two more columns."""
+    least, typical, largest = np.array(chance).T
+    level = typical
+    if len(evidence) >= CROWD:
+        level = np.clip(np.quantile(evidence[:, [INLIERS, PUTATIVES]], CHANCE, axis=0), least, largest)
+    return np.hstack([evidence, np.broadcast_to(level, (len(evidence), 2))])
+
+
+def best_scores(
+    scorer: Scorer, searches: Sequence[Floats], chance: tuple[tuple[float, float, float], tuple[float, float, float]]
+) -> Floats:
+    """The best score of each search among its candidates with inliers; where there are none, that of no evidence."""
+    nothing = float(scorer.scores(with_levels(np.zeros((1, len(NAMES))), chance))[0])
+    best = []
+    for evidence in searches:
+        columns = with_levels(evidence, chance)
+        best.append(scorer.scores(columns[columns[:, INLIERS] > 0]).max(initial=nothing))
+    return np.array(best)
+
+
+def fit_scorer(same: Floats, other: Floats, without: Sequence[Floats], right: Sequence[Floats]) -> Scorer:
+    """Weights by logistic regression, both sides counting as much, with a small ridge.
+
+    same, other: (N, C) columns of cases that show the same thing and of cases that do not. without: of each search
+    without a match the columns of its candidates, (N_i, C); right: of each search with one, those of its right
+    candidates: the best of each counts.
+    Raises ValueError for fewer than 100 searches without a match or none with one.
+    """
+    if not len(same) or not len(other):
+        raise ValueError("a calibration needs photos that match, and photos that do not")
+    weights, _ = _logistic(np.vstack([same, other]), np.repeat([1.0, 0.0], [len(same), len(other)]))
+    weights = weights.round(4)
+    best, wrong = ([float((one @ weights).max()) for one in many if len(one)] for many in (right, without))
+    (slope,), offset = _logistic(np.array(best + wrong)[:, None], np.repeat([1.0, 0.0], [len(best), len(wrong)]))
+    return Scorer(tuple(weights.tolist()), Survival.fit(wrong), round(float(slope), 4), round(offset, 4))
+
+
+def _logistic(columns: Floats, truth: Floats, steps: int = 100) -> tuple[Floats, float]:
+    """Weights and offset; Newton's method on columns of unit variance."""
+    mean, spread = columns.mean(axis=0), columns.std(axis=0) + 1e-9
+    design = np.column_stack([(columns - mean) / spread, np.ones(len(columns))])
+    share = np.where(truth > 0, 0.5 / truth.sum(), 0.5 / (1 - truth).sum())
+    pull = np.full(design.shape[1], RIDGE)
+    pull[-1] = 0.0
+    found = np.zeros(design.shape[1])
+    for _ in range(steps):
+        odds = 1 / (1 + np.exp(-np.clip(design @ found, -50, 50)))
+        slope = design.T @ (share * (odds - truth)) + pull * found
+        curve = (design * (share * odds * (1 - odds))[:, None]).T @ design + np.diag(pull + 1e-12)
+        step = np.linalg.solve(curve, slope)
+        found -= step
+        if np.abs(step).max() < 1e-10:
+            break
+    weights = found[:-1] / spread
+    return weights, float(found[-1] - weights @ mean)
+
+
+def _scorer(values: dict[str, object], columns: int) -> Scorer:
+    weights, unrelated = values["weights"], values["unrelated"]
+    if not isinstance(weights, list) or not isinstance(unrelated, dict) or len(weights) != columns:
+        raise ValueError(f"{columns} weights are needed")
+    survival = Survival(tuple(map(float, unrelated["quantiles"])), float(unrelated["tail"]))
+    slope, offset = float(str(values["slope"])), float(str(values["offset"]))
+    return Scorer(tuple(map(float, weights)), survival, slope, offset)

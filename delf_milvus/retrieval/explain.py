@@ -21,10 +21,11 @@ class Explanation:
     query_features, image_features: how many there are. voting_features: of the query, that have the image among their
     neighbours. votes: its score, vote_rank: its rank among voted_images by that, None without a vote. candidate:
     whether it was verified as one of the best by votes; the rest is then as in the search, and otherwise what it would
-    have been. putatives: matches before geometry. inliers, transform, confidence, verified: as of a hit. cells: of an
-    8 x 8 grid over the query in which inliers lie. residual: median distance of an inlier from the transform, pixels of
-    the image. scale_agreement: share of the inliers whose scales agree with the transform. bar: least confidence of a
-    verified answer. rank: among the answers, None if it is none of them. verdict: the same in words.
+    have been. putatives: matches before geometry. inliers, transform, confidence, false_alarm, verified: as of a hit.
+    cells: of an 8 x 8 grid over the query in which inliers lie. residual: median distance of an inlier from the
+    transform, pixels of the image. scale_agreement: share of the inliers whose scales agree with the transform.
+    max_false_alarm: the bar of a verified answer. rank: among the answers, None if it is none of them. verdict: the
+    same in words.
     """
 
     image_id: str
@@ -42,7 +43,8 @@ class Explanation:
     scale_agreement: float
     transform: Transform | None
     confidence: float
-    bar: float
+    false_alarm: float
+    max_false_alarm: float
     verified: bool
     rank: int | None
     verdict: str
@@ -69,12 +71,11 @@ def explain(
     if position is None:
         # Judged beside the candidates, for the chance level of a query is that of all its candidates.
         judged, position = _with(judged, _alone(query, key, image, search, verify)), len(judged.candidates)
-    confidence = calibration.confidence(judged.inliers)
-    verified = confidence >= 1 - verify.max_false_alarm
+    confidence, false_alarm = calibration.assess(judged.evidence)
+    verified = false_alarm <= verify.max_false_alarm
     order = list(verified_regions(query, judged, verified, search.per_region))[: search.top] if candidate else []
     row = int(np.flatnonzero(votes.images == key)[0]) if key in votes.images else None
     found = judged.verifications[position]
-    sure = float(confidence[position])
     explanation = Explanation(
         image_id=image.image_id,
         query_features=len(query),
@@ -90,9 +91,10 @@ def explain(
         residual=float(np.median(found.residuals[found.mask])) if found.mask.any() else None,
         scale_agreement=found.scale_agreement,
         transform=None if found.transform is None else found.transform.tolist(),
-        confidence=sure,
-        bar=1 - verify.max_false_alarm,
-        verified=candidate and sure >= 1 - verify.max_false_alarm,
+        confidence=float(confidence[position]),
+        false_alarm=float(false_alarm[position]),
+        max_false_alarm=verify.max_false_alarm,
+        verified=candidate and bool(verified[position]),
         rank=order.index(position) + 1 if position in order else None,
         verdict="",
     )
@@ -114,6 +116,7 @@ def _with(judged: Judgement, other: Judgement) -> Judgement:
         judged.matches + other.matches,
         np.concatenate([judged.inliers, other.inliers]),
         np.concatenate([judged.scores, other.scores]),
+        np.concatenate([judged.evidence, other.evidence]),
     )
 
 
@@ -138,8 +141,8 @@ def _geometry(found: Explanation) -> str:
         return f"{found.putatives} of its features match the query's, too few for a transform."
     if found.transform is None:
         return f"no transform explains three of its {found.putatives} matches that are not on a line."
-    side = "at or above" if found.confidence >= found.bar else "below"
+    side = "at most" if found.false_alarm <= found.max_false_alarm else "above"
     return (
         f"{found.inliers} places of {found.putatives} matches agree on one transform; "
-        f"confidence {found.confidence:.4f} is {side} the bar of {found.bar:g}."
+        f"{found.false_alarm:.2g} of queries without a match reach that, {side} the bar of {found.max_false_alarm:g}."
     )

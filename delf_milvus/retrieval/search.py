@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from delf_milvus.features import Box, Features
 from delf_milvus.retrieval.confidence import Calibration
+from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.homography import refined
 from delf_milvus.retrieval.matching import Matches, match_many
 from delf_milvus.retrieval.ranking import combined_scores
@@ -94,8 +95,9 @@ class Hit:
     """One answer.
 
     verified: the evidence passes the bar. inliers: matches that one affine transform explains, counted by place;
-    putatives: matches before geometry. confidence: share of queries without a match in the collection whose best
-    answer has less evidence. score: what orders the hits. transform: query pixels to image pixels,
+    putatives: matches before geometry. confidence: probability that it shows the same thing, if half of all queries
+    have a match. false_alarm: share of queries without a match whose best answer has at least this evidence; the bar is
+    set on it. score: what orders the hits. transform: query pixels to image pixels,
     [[a, b, tx], [c, d, ty]]. homography: a finer transform, 3 x 3, where one was asked for and fits better. box:
     x0, y0, x1, y1 of the matched region in the image; query_box: of the inliers in the query. region: which of the
     things that the query shows, counted from 1; 0 if not verified. metadata: what the image carries.
@@ -108,6 +110,7 @@ class Hit:
     inliers: int
     putatives: int
     confidence: float
+    false_alarm: float
     score: float
     transform: Transform | None
     homography: Transform | None
@@ -119,7 +122,7 @@ class Hit:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `--json`."""
-        names = ("rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "score")
+        names = ("rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "false_alarm", "score")
         return {name: getattr(self, name) for name in (*names, "transform", "homography", "region")} | {
             "box": None if self.box is None else list(self.box),
             "query_box": None if self.query_box is None else list(self.query_box),
@@ -156,13 +159,15 @@ class SearchResult:
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """Every candidate of one search, in falling score; arrays of the same length N."""
+    """Every candidate of one search, in falling score; arrays of the same length N. evidence: (N, columns), as of
+    `evidence.evidence`."""
 
     candidates: list[Candidate]
     verifications: list[Verification]
     matches: list[Matches]
     inliers: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]
+    evidence: npt.NDArray[np.float64]
 
 
 def judge_candidates(
@@ -205,6 +210,7 @@ def judge(
             residual=verify.residual,
             min_inliers=verify.min_inliers,
         )
+        found = evidence(keypoints(query), matches, verifications)
         inliers = np.array([v.inliers for v in verifications], np.int64)
         scores = combined_scores(votes.scores[rows], inliers, search.inlier_weight)
         order = np.argsort(-scores, kind="stable")
@@ -214,6 +220,7 @@ def judge(
         [matches[i] for i in order],
         inliers[order],
         scores[order],
+        found[order],
     )
 
 
@@ -249,8 +256,8 @@ def hits_of(
     include_unverified: bool = False,
 ) -> list[Hit]:
     """The hits among judged candidates; arguments and order as of `answer`."""
-    confidence = calibration.confidence(judged.inliers)
-    verified = confidence >= 1 - verify.max_false_alarm
+    confidence, false_alarm = calibration.assess(judged.evidence)
+    verified = false_alarm <= verify.max_false_alarm
     region_of = verified_regions(query, judged, verified, search.per_region)
     order = list(region_of)
     if include_unverified:
@@ -273,6 +280,7 @@ def hits_of(
                 verification.inliers,
                 len(matches.query),
                 float(confidence[i]),
+                float(false_alarm[i]),
                 float(judged.scores[i]),
                 None if transform is None else transform.tolist(),
                 None if homography is None else homography.tolist(),

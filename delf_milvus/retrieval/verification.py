@@ -264,7 +264,7 @@ def _nothing(count: int) -> Verification:
 
 
 def _allowed(a: npt.ArrayLike, b: npt.ArrayLike, residual: float) -> Float64Array:
-    """Most squared distance of an inlier in the image: less where the transform shrinks, by the square root of its zoom.
+    """Most squared distance of an inlier in the image: less where the transform shrinks, in proportion to its zoom.
 
     A transform that shrinks the query into a corner of the image brings everything there near to everything; but the
     keypoints of a small thing are not known as much better as it is smaller.

@@ -41,28 +41,27 @@ def main() -> None:
     collection = MemoryCollection(ukbench.names, ukbench.features)
     instances = truth(ukbench.names)
 
-    confidences = []
+    wrong = []
     for path in judging_photos(options.data / "objects")[:: options.every]:
         query = matcher.query_features(matcher.decode(path))
         judged = judge_candidates(query, collection, settings.search, settings.verify, Timings())
-        confidences.append(matcher.calibration.confidence(judged.inliers).max(initial=0.0))
-    wrong = np.array(confidences)
+        wrong.append(matcher.calibration.assess(judged.evidence).false_alarm.min(initial=1.0))
 
     right, sure = [], []
     for name, query in list(zip(ukbench.names, ukbench.features, strict=True))[:: options.every]:
         judged = judge_candidates(query, collection, settings.search, settings.verify, Timings())
-        confidence = matcher.calibration.confidence(judged.inliers)
+        false_alarm = matcher.calibration.assess(judged.evidence).false_alarm
         rest = [i for i, candidate in enumerate(judged.candidates) if candidate.image_id != name]
         best = rest[0]
         right.append(instances[judged.candidates[best].image_id] == instances[name])
-        sure.append(confidence[best])
+        sure.append(false_alarm[best])
     answered = np.array(sure)[np.array(right)]
     print(
         f"{len(wrong)} queries without a match; {len(right)} with one, {np.mean(right):.1%} with a right first answer"
     )
     print("max_false_alarm   false alarms   right first answers kept")
     for bar in BARS:
-        print(f"{bar:<15g}   {np.mean(wrong >= 1 - bar):<12.2%}   {np.mean(answered >= 1 - bar):.1%}")
+        print(f"{bar:<15g}   {np.mean(np.array(wrong) <= bar):<12.2%}   {np.mean(answered <= bar):.1%}")
 
 
 if __name__ == "__main__":

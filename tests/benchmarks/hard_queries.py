@@ -311,7 +311,7 @@ def main() -> None:
                 made = maker.make(kind, degree, number)
                 query = matcher.query_features(made.photo)
                 judged = judge_candidates(query, collection, settings.search, settings.verify, Timings())
-                accepted = matcher.calibration.confidence(judged.inliers) >= 1 - settings.verify.max_false_alarm
+                accepted = matcher.calibration.assess(judged.evidence).false_alarm <= settings.verify.max_false_alarm
                 strangers = {name for name in names if Path(name).parent.as_posix() in made.others}
                 shown = {part.name: members[instances[part.name]] for part in made.parts}
                 for part in made.parts:

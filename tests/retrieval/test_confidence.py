@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delf_milvus.errors import ModelError
-from delf_milvus.retrieval.confidence import Calibration, Survival
+from delf_milvus.retrieval.confidence import Calibration, Survival, chance_levels, fit_scorer, with_levels
+from delf_milvus.retrieval.evidence import NAMES
 
 
 def sample(seed: int, count: int) -> np.ndarray:
@@ -54,36 +55,94 @@ def test_equal_values_and_small_samples() -> None:
             Survival.fit(bad)
 
 
+def candidates(rng: np.random.Generator, inliers: np.ndarray, similar: float = 0.0) -> np.ndarray:
+    """Evidence of candidates with these inliers; `similar` raises the share of very similar matches."""
+    count = len(inliers)
+    putatives = inliers * 2 + rng.poisson(20, count)
+    close = rng.binomial(inliers, min(0.3 + similar, 1.0))
+    distinct = rng.binomial(putatives, min(0.05 + similar / 2, 1.0))
+    logs = np.log1p(np.stack([inliers, putatives, close, distinct], axis=1))
+    rest = np.stack([rng.uniform(0.1, 0.3, count), rng.normal(0, 1, count), rng.uniform(0.5, 1, count)], axis=1)
+    return np.hstack([logs, rest])
+
+
 def searches(seed: int, count: int, images: int = 100) -> list[np.ndarray]:
-    """Chance inliers of unrelated candidates; each query has a level of its own."""
+    """Evidence of unrelated candidates by chance; each query has a level of its own."""
     rng = np.random.default_rng(seed)
-    return [rng.poisson(level, images) for level in rng.uniform(5, 9, count)]
+    return [candidates(rng, rng.poisson(level, images)) for level in rng.uniform(5, 9, count)]
+
+
+def matching(seed: int, count: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return candidates(rng, rng.poisson(30, count), similar=0.3)
 
 
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
-    return Calibration.fit(searches(0, 800), np.concatenate(searches(1, 20)))
+    without = searches(0, 800)
+    chance = chance_levels(without)
+    right = [with_levels(one[None], chance) for one in matching(5, 300)]
+    wrong = [with_levels(one, chance) for one in without]
+    answers = fit_scorer(np.concatenate(right), np.concatenate(wrong)[::20], wrong, right)
+    pairs = np.concatenate(searches(1, 20))
+    alone = fit_scorer(matching(6, 300), pairs, [one[None] for one in pairs], [one[None] for one in matching(7, 300)])
+    return Calibration(chance, answers, alone)
 
 
 def test_queries_without_a_match_are_answered_as_rarely_as_asked(calibration: Calibration) -> None:
-    best = np.array([calibration.confidence(inliers).max() for inliers in searches(2, 4000)])
+    best = np.array([calibration.assess(one).false_alarm.min() for one in searches(2, 4000)])
     for bar in (0.1, 0.01):
-        assert np.mean(best >= 1 - bar) == pytest.approx(bar, rel=0.5)
+        assert np.mean(best <= bar) == pytest.approx(bar, rel=0.5)
+
+
+def test_confidence_is_the_share_of_right_ones_among_answers_as_sure(calibration: Calibration) -> None:
+    rng = np.random.default_rng(3)
+    wrong = [calibration.assess(one).confidence.max() for one in searches(3, 2000)]
+    right = []
+    for one, crowd in zip(matching(4, 2000), searches(4, 2000, 30), strict=True):
+        right.append(calibration.assess(np.vstack([one, crowd[1:]])).confidence[0])
+    sure = np.concatenate([wrong, right])
+    truth = np.repeat([False, True], 2000)
+    order = rng.permutation(len(sure))
+    bins = np.digitize(sure[order], np.linspace(0, 1, 11)[1:-1])
+    error = sum(
+        abs(sure[order][bins == b].mean() - truth[order][bins == b].mean()) * np.mean(bins == b)
+        for b in np.unique(bins)
+    )
+    assert error < 0.03
 
 
 def test_the_same_inliers_mean_less_where_every_candidate_has_many(calibration: Calibration) -> None:
-    quiet, loud = np.full(100, 5), np.full(100, 11)
-    quiet[0] = loud[0] = 22
-    assert calibration.confidence(quiet)[0] > calibration.confidence(loud)[0]
+    rng = np.random.default_rng(0)
+    quiet, loud = candidates(rng, np.full(100, 5)), candidates(rng, np.full(100, 11))
+    quiet[0] = loud[0] = candidates(rng, np.array([22]))[0]
+    assert calibration.assess(quiet).false_alarm[0] < calibration.assess(loud).false_alarm[0]
 
 
 def test_a_collection_full_of_matches_still_answers(calibration: Calibration) -> None:
-    assert (calibration.confidence(np.full(100, 60)) > 0.99).all()
-    assert (calibration.confidence(np.full(3, 60)) > 0.99).all()
+    rng = np.random.default_rng(0)
+    for count in (100, 3):
+        assessed = calibration.assess(candidates(rng, np.full(count, 60), similar=0.3))
+        assert (assessed.false_alarm < 0.01).all()
+        assert (assessed.confidence > 0.9).all()
 
 
-def test_pairs_need_less_evidence_than_the_best_of_many(calibration: Calibration) -> None:
-    assert calibration.pair_confidence([16])[0] > calibration.confidence([16])[0]
+def test_other_unrelated_photos_move_the_bar_and_not_the_weights(calibration: Calibration) -> None:
+    rng = np.random.default_rng(8)
+    harder = [candidates(rng, rng.poisson(14, 100), similar=0.1) for _ in range(600)]
+    refitted = calibration.refitted(harder, np.concatenate(harder[:30]))
+    assert refitted.answers.weights == calibration.answers.weights
+    assert refitted.chance != calibration.chance
+    fresh = [candidates(rng, rng.poisson(14, 100), similar=0.1) for _ in range(2000)]
+    rates = [np.mean([one.assess(f).false_alarm.min() <= 0.05 for f in fresh]) for one in (calibration, refitted)]
+    assert rates[1] == pytest.approx(0.05, rel=0.5)
+    assert rates[0] > 2 * rates[1]
+
+
+def test_weights_need_both_kinds() -> None:
+    none = np.empty((0, len(NAMES)))
+    with pytest.raises(ValueError, match="photos that match, and photos that do not"):
+        fit_scorer(none, matching(0, 10), [matching(0, 10)], [matching(0, 10)])
 
 
 def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Path) -> None:
@@ -107,6 +166,8 @@ def test_a_calibration_of_another_version_is_refused(calibration: Calibration, t
 
 
 def test_no_inliers_are_no_confidence(calibration: Calibration) -> None:
-    assert calibration.confidence(np.zeros(0)).shape == (0,)
-    assert calibration.confidence([0, 0]).tolist() == [0, 0]
-    assert calibration.pair_confidence([0])[0] == 0
+    nothing = np.zeros((2, len(NAMES)))
+    assert calibration.assess(nothing[:0]).confidence.shape == (0,)
+    for assessed in (calibration.assess(nothing), calibration.assess_pairs(nothing)):
+        assert assessed.confidence.tolist() == [0, 0]
+        assert assessed.false_alarm.tolist() == [1, 1]
