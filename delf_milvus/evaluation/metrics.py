@@ -140,7 +140,8 @@ def transfer_distances(homography: Transform, first: npt.ArrayLike, second: npt.
     homography: (3, 3), from pixels of the first photo to the second's. first, second: (N, 2) pixels. A point that it
     sends through infinity is infinitely far.
     """
-    return np.linalg.norm(_sent(homography, first) - np.asarray(second, np.float64).reshape(-1, 2), axis=1)
+    gaps = _sent(homography, first) - np.asarray(second, np.float64).reshape(-1, 2)
+    return np.hypot(gaps[:, 0], gaps[:, 1])
 
 
 def epipolar_distances(fundamental: Transform, first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:

@@ -104,9 +104,7 @@ def difference(first: npt.ArrayLike, second: npt.ArrayLike, name: StatisticName,
     return Difference(a, b, b - a, float(low), float(high), (1 + reached) / (1 + len(flipped)))
 
 
-def _swapped(
-    of: Callable[[Floats], Floats], one: Floats, other: Floats, swap: npt.NDArray[np.bool_]
-) -> Floats:
+def _swapped(of: Callable[[Floats], Floats], one: Floats, other: Floats, swap: npt.NDArray[np.bool_]) -> Floats:
     where = swap[..., None]
     return of(np.where(where, one, other)) - of(np.where(where, other, one))
 
