@@ -75,7 +75,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
         values = json.loads(data) if path.suffix.lower() == ".json" else plain_pickle(data)
     except ForbiddenError as error:
         raise InputError(
-            f"{name} asks for {one_line(error)}, and ground truth needs containers, text, numbers and numpy arrays alone: "
+            f"{name} asks for {one_line(error)}, and ground truth needs containers, text, numbers and arrays alone: "
             "nothing else is read from a pickle, so take the published file, or JSON."
         ) from None
     except (ValueError, RecursionError) as error:
