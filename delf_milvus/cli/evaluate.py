@@ -105,8 +105,8 @@ def revisited(
 ) -> None:
     """Run the revisited Oxford or Paris protocol: mAP and mP@1/5/10, easy, medium and hard, with cropped queries.
 
-    The pickle is read as data: containers, text, numbers and arrays; whatever else it asks for is refused. A ranking has
-    no more images than candidates: some queries of Paris have over 200 right ones, so take --candidates 1000 there.
+    The pickle is read as data: containers, text, numbers and arrays; whatever else it asks for is refused. A ranking
+    has no more images than candidates: where a query has more right ones, raise --candidates.
 
     Example: delf-milvus --collection roxford eval revisited gnd_roxford5k.pkl oxford/jpg --out roxford-report
     """
@@ -216,16 +216,20 @@ def _run(
 
     stages: Stages = {"extract": {"preset": preset}, "search": {"candidates": candidates}}
     visible = show_progress(state.quiet)
-    with state.open(stages, create=not no_ingest) as index, _interruptible(out):
-        with Bar(visible, "ingest") as storing, _bar("search", visible) as count:
-            report = run(
-                index,
-                data_set,
-                RunConfig(out, not no_ingest, limit),
-                (lambda _: None) if state.quiet else say,
-                ingesting=storing.update,
-                searching=count,
-            )
+    with (
+        _interruptible(out),
+        state.open(stages, create=not no_ingest) as index,
+        Bar(visible, "ingest") as storing,
+        _bar("search", visible) as count,
+    ):
+        report = run(
+            index,
+            data_set,
+            RunConfig(out, not no_ingest, limit),
+            (lambda _: None) if state.quiet else say,
+            ingesting=storing.update,
+            searching=count,
+        )
     _tell(report, state, out)
 
 

@@ -65,9 +65,9 @@ def compare(first: EvaluationReport, second: EvaluationReport) -> Comparison:
         ("ground truths", f"{first.data.name} {first.data.digest}", f"{second.data.name} {second.data.digest}"),
         ("collections of images", first.data.images, second.data.images),
     ):
-        if one != other:
+        if mine != theirs:
             raise UsageError(
-                f"The reports are of different {name} ({one} and {other}), so their figures do not compare."
+                f"The reports are of different {what} ({mine} and {theirs}), so their figures do not compare."
             )
     common = [query for query in first.queries if query in second.queries]
     if not common:

@@ -143,7 +143,7 @@ def run_pairs(
         notes,
     )
     report.write(config.out / REPORT)
-    errors = [error for one in values.values() if isinstance(error := one.get(_ERROR), float)]
+    errors = [found for one in values.values() if isinstance(found := one.get(_ERROR), float)]
     judged = sum(f"AUC@{THRESHOLDS[0]} px" in one for one in values.values())
     if not corner_errors_picture(errors, judged, config.out / CORNER_ERRORS):
         (config.out / CORNER_ERRORS).unlink(missing_ok=True)

@@ -170,8 +170,8 @@ def _collection(index: DelfIndex, data: DataSet) -> _Collection:
     common = data.expected & names.keys()
     if not common:
         raise InputError(
-            f"The collection has none of the {len(data.expected)} images of this data set; ids are paths below the folder "
-            "that was ingested, so ingest that very folder, or leave --no-ingest out."
+            f"The collection has none of the {len(data.expected)} images of this data set; ids are paths below the "
+            "folder that was ingested, so ingest that very folder, or leave --no-ingest out."
         )
     twice = [name for name in common if names[name] > 1]
     if twice:
