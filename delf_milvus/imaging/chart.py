@@ -117,8 +117,9 @@ def histogram_picture(samples: Mapping[str, Sequence[int]], x_label: str, y_labe
     colours = chart.legend([f"{name} ({len(samples[name])})" for name in shares])
     outlines = []
     for share, colour in zip(shares.values(), colours.values(), strict=True):
-        heights = np.repeat([0, *share, 0], 2)[1:-1]
-        steps = np.repeat(np.arange(len(edges), dtype=np.float64), 2).tolist()
+        first, last = np.flatnonzero(share)[[0, -1]].tolist()
+        heights = np.repeat([0, *share[first : last + 1], 0], 2)[1:-1]
+        steps = np.repeat(np.arange(first, last + 2, dtype=np.float64), 2).tolist()
         points = np.array([chart.place(x, y) for x, y in zip(steps, heights, strict=True)], np.int32)
         filled = chart.picture.copy()
         cv2.fillPoly(filled, [points], colour)
@@ -160,7 +161,8 @@ class _Chart:
         for tick, text in x_ticks:
             x, _ = self.place(tick, self._y[0])
             cv2.line(self.picture, (x, _TOP), (x, self._bottom), _GRID, 1)
-            self.write(text, x - 12, self._bottom + 20)
+            width = cv2.getTextSize((_WIDTH, _HEIGHT), text, (0, 0), self._font, _FONT_SIZE, _FONT_WEIGHT)[2]
+            self.write(text, x - width / 2, self._bottom + 20)
         for tick, text in y_ticks:
             _, y = self.place(self._x[0], tick)
             cv2.line(self.picture, (_LEFT, y), (self._right, y), _GRID, 1)
