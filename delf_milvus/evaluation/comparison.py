@@ -60,14 +60,14 @@ def compare(first: EvaluationReport, second: EvaluationReport) -> Comparison:
 
     Raises UsageError for reports of different data sets, or without a common query.
     """
-    for what, mine, theirs in (
-        ("protocols", first.kind, second.kind),
-        ("ground truths", f"{first.data.name} {first.data.digest}", f"{second.data.name} {second.data.digest}"),
-        ("collections of images", first.data.images, second.data.images),
+    for what, mine, theirs, named in (
+        ("protocols", first.kind, second.kind, (first.kind, second.kind)),
+        ("ground truths", first.data.digest, second.data.digest, (first.data.name, second.data.name)),
+        ("collections of images", first.data.images, second.data.images, (_size(first), _size(second))),
     ):
         if mine != theirs:
             raise UsageError(
-                f"The reports are of different {what} ({mine} and {theirs}), so their figures do not compare."
+                f"The reports are of different {what} ({named[0]} and {named[1]}), so their figures do not compare."
             )
     common = [query for query in first.queries if query in second.queries]
     if not common:
@@ -82,6 +82,10 @@ def compare(first: EvaluationReport, second: EvaluationReport) -> Comparison:
         numbers = {field: rounded(value) for field, value in asdict(found).items()}
         figures.append(ComparedFigure(name, **numbers, better=first.about[name].better, queries=len(both)))
     return Comparison(first.kind, first.data.name, len(common), _changed(first, second), figures)
+
+
+def _size(report: EvaluationReport) -> str:
+    return f"{(report.collection or {}).get('images', 'unknown')} images"
 
 
 def _changed(first: EvaluationReport, second: EvaluationReport) -> list[str]:

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -140,12 +141,17 @@ def chosen(queries: Sequence[Query], limit: int | None) -> list[Query]:
     return evenly(with_match, limit) + evenly(without, limit)
 
 
+def folder_name(folder: Path) -> str:
+    """What a folder is called, "." and ".." too."""
+    return os.path.basename(os.path.abspath(folder))
+
+
 def distracting(folders: Sequence[Path]) -> tuple[list[Photo], list[Failure]]:
     """The photos of folders that match nothing, each folder's name before their ids.
 
     Raises InputError for a folder that is not there, UsageError for two folders of one name.
     """
-    names = [folder.absolute().name for folder in folders]
+    names = [folder_name(folder) for folder in folders]
     if len(set(names)) < len(names):
         raise UsageError(
             "Two folders of distractors have one name; rename one, for it becomes part of the images' ids."

@@ -19,6 +19,7 @@ from delf_milvus.evaluation.dataset import (
     Truth,
     Value,
     distracting,
+    folder_name,
 )
 from delf_milvus.evaluation.metrics import average_precision, ns_score, precision_at, recall_at
 from delf_milvus.ingestion.scan import Photo, scan
@@ -75,12 +76,12 @@ def folders_set(config: FoldersConfig) -> DataSet:
             "in a row show one thing."
         )
     queries += [Query(photo.image_id, photo.path, Truth()) for photo in absent]
-    notes = []
+    name, notes = folder_name(config.data), []
     if alone := len(photos) + len(absent) - len(queries):
-        notes.append(f"{alone} photos of {config.data.absolute().name} are alone in their instance, and only distract.")
+        notes.append(f"{alone} photos of {one_line(name)} are alone in their instance, and only distract.")
     return DataSet(
         kind="folders",
-        name=config.data.absolute().name,
+        name=name,
         queries=queries,
         photos=[*photos, *distractors],
         roots=[config.data, *config.distractors],

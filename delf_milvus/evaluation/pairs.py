@@ -128,7 +128,7 @@ def run_pairs(
         "pairs",
         Facts(
             name=config.file.stem,
-            digest=digest_of([[one.name, one.homography, one.fundamental, config.threshold] for one in pairs]),
+            digest=digest_of([[one.name, one.homography, one.fundamental] for one in pairs]),
             images="",
             queries=len(pairs),
             no_match=0,

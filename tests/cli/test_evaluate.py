@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli.test_commands import RUN, call
 from conftest import make_photo, save_photo
 from jsonschema import Draft202012Validator
+from test_commands import RUN, call
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"
 
