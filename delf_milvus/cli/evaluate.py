@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from delf_milvus.cli.ingest import Bar
 from delf_milvus.cli.output import data_json, data_line, data_table, say, show_progress
 from delf_milvus.cli.state import Stages, State, state_of
 from delf_milvus.errors import UsageError, one_line
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from delf_milvus.evaluation.comparison import Comparison
     from delf_milvus.evaluation.dataset import DataSet
     from delf_milvus.evaluation.report import EvaluationReport
+    from delf_milvus.ingestion.pipeline import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -177,8 +177,8 @@ def pairs(
     state = state_of(context)
     matcher = PhotoMatcher(state.load({"extract": {"preset": preset}}).settings)
     config = PairsConfig(file, out, threshold, limit)
-    with _interruptible(out), _bar("match", show_progress(state.quiet)) as count:
-        report = run_pairs(matcher, config, count)
+    with _interruptible(out), _Bar(show_progress(state.quiet)) as bar:
+        report = run_pairs(matcher, config, bar.matching)
     _tell(report, state, out)
 
 
@@ -215,20 +215,18 @@ def _run(
     from delf_milvus.evaluation.run import RunConfig, run
 
     stages: Stages = {"extract": {"preset": preset}, "search": {"candidates": candidates}}
-    visible = show_progress(state.quiet)
     with (
         _interruptible(out),
         state.open(stages, create=not no_ingest) as index,
-        Bar(visible, "ingest") as storing,
-        _bar("search", visible) as count,
+        _Bar(show_progress(state.quiet)) as bar,
     ):
         report = run(
             index,
             data_set,
             RunConfig(out, not no_ingest, limit),
             (lambda _: None) if state.quiet else say,
-            ingesting=storing.update,
-            searching=count,
+            ingesting=bar.ingesting,
+            searching=bar.searching,
         )
     _tell(report, state, out)
 
@@ -297,24 +295,43 @@ def _interruptible(out: Path) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-@contextmanager
-def _bar(title: str, visible: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr, from the first count on."""
-    if not visible:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+class _Bar:
+    """A progress bar on stderr: what is done now, of how much."""
 
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(title, total=None)
+    def __init__(self, visible: bool) -> None:
+        self._visible = visible
+        self._bar: Any = None
+        self._task: Any = None
 
-    def count(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
+    def __enter__(self) -> _Bar:
+        if self._visible:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    try:
-        yield count
-    finally:
-        bar.stop()
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def ingesting(self, progress: Progress) -> None:
+        self._show("ingest", progress.done, progress.total)
+
+    def searching(self, done: int, total: int) -> None:
+        self._show("search", done, total)
+
+    def matching(self, done: int, total: int) -> None:
+        self._show("match", done, total)
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            return
+        if self._task is None or self._bar.tasks[-1].description != what:
+            # A task of its own, or the time left would be that of the work before.
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(what)
+        self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
