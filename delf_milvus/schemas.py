@@ -18,6 +18,8 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, create_model
 
 from delf_milvus.errors import UsageError
+from delf_milvus.evaluation.comparison import Comparison
+from delf_milvus.evaluation.report import EvaluationReport
 from delf_milvus.ingestion.pipeline import IngestReport
 from delf_milvus.retrieval.search import Hit, SearchResult
 from delf_milvus.settings import Settings
@@ -42,6 +44,8 @@ def schemas() -> dict[str, dict[str, Any]]:
         "status": TypeAdapter(_printed(StoreStatus)).json_schema(mode="serialization"),
         "export_manifest": TypeAdapter(Manifest).json_schema(),
         "export_report": TypeAdapter(_printed(ExportReport)).json_schema(mode="serialization"),
+        "evaluation_report": TypeAdapter(_printed(EvaluationReport)).json_schema(mode="serialization"),
+        "evaluation_comparison": TypeAdapter(_printed(Comparison)).json_schema(mode="serialization"),
         "import_report": TypeAdapter(_printed(ImportReport)).json_schema(mode="serialization"),
     }
     return {

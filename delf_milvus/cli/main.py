@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from delf_milvus.cli import config, data, index, ingest, manage, operate, reindex, search, train
+from delf_milvus.cli import config, data, evaluate, index, ingest, manage, operate, reindex, search, train
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
@@ -40,6 +40,7 @@ for command in (operate.doctor, operate.fsck, operate.compact):
 app.command("export")(data.export)
 app.command("import")(data.import_)
 app.add_typer(config.app, name="config")
+app.add_typer(evaluate.app, name="eval")
 app.add_typer(train.app, name="train")
 
 

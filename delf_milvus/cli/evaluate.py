@@ -1,0 +1,337 @@
+"""`delf-milvus eval`: judge a collection, or the matching of pairs, by ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from delf_milvus.cli.output import data_json, data_line, data_table, say, show_progress
+from delf_milvus.cli.state import Stages, State, state_of
+from delf_milvus.errors import UsageError, one_line
+
+if TYPE_CHECKING:
+    from delf_milvus.evaluation.comparison import Comparison
+    from delf_milvus.evaluation.dataset import DataSet
+    from delf_milvus.evaluation.report import EvaluationReport
+    from delf_milvus.ingestion.pipeline import Progress
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Judge by ground truth. Exit codes: 0 done, 1 some photos could not be read, others as everywhere.",
+)
+
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for report.json, pictures, and the result of each query, which a second run goes on from."
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Queries at most, evenly spread. Default: all")]
+NoIngest = Annotated[bool, typer.Option("--no-ingest", help="Search the collection as it is; store no photos first.")]
+Preset = Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")]
+Candidates = Annotated[int | None, typer.Option(help="Images that are verified, and ranked. Default: 100")]
+Distractors = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="DIR", help="Photos that are stored too, and match nothing; again for more folders."),
+]
+
+_OUT = Path("evaluation")
+
+
+@app.command()
+def folders(
+    context: typer.Context,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of photos; each searches for its instance.")],
+    instances: Annotated[
+        str, typer.Option(help="folder (the first one below DATA) or parent (the one a photo lies in).")
+    ] = "folder",
+    group: Annotated[
+        int | None,
+        typer.Option(min=2, help="Instead: so many photos in a row, by name, are an instance; 4 for UKBench."),
+    ] = None,
+    distractors: Distractors = None,
+    no_match: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Queries that have no match, and are not stored; again for more folders."),
+    ] = None,
+    no_ingest: NoIngest = False,
+    limit: Limit = None,
+    out: Out = _OUT,
+    preset: Preset = None,
+    candidates: Candidates = None,
+) -> None:
+    """Let every photo of a folder search for the others of its instance.
+
+    Figures: mAP (by trapezoids; the query itself does not count), N-S with --group 4, recall and precision at 1, 5 and
+    10, how often right and wrong images are accepted at the bar of the settings, false alarms, seconds.
+
+    Example: delf-milvus --collection judged eval folders ukbench/ --group 4 --limit 200 --out ukbench-report
+    """
+    from delf_milvus.evaluation.folders import FoldersConfig, folders_set
+
+    if instances not in ("folder", "parent"):
+        raise UsageError(f"--instances is folder or parent, not {instances!r}.")
+    if no_ingest and distractors:
+        raise UsageError("--distractors stores photos; with --no-ingest whatever else the collection has distracts.")
+    data_set = folders_set(
+        FoldersConfig(
+            data,
+            "folder" if instances == "folder" else "parent",
+            group,
+            tuple(distractors or ()),
+            tuple(no_match or ()),
+        )
+    )
+    _run(state_of(context), data_set, out, no_ingest, limit, preset, candidates)
+
+
+@app.command()
+def revisited(
+    context: typer.Context,
+    ground_truth: Annotated[
+        Path, typer.Argument(metavar="GROUND_TRUTH", help="gnd_roxford5k.pkl as published, or the same as .json.")
+    ],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of the photos, queries among them.")],
+    distractors: Distractors = None,
+    no_ingest: NoIngest = False,
+    limit: Limit = None,
+    out: Out = _OUT,
+    preset: Preset = None,
+    candidates: Candidates = None,
+) -> None:
+    """Run the revisited Oxford or Paris protocol: mAP and mP@1/5/10, easy, medium and hard, with cropped queries.
+
+    The pickle is read as data: containers, text, numbers and arrays; whatever else it asks for is refused. A ranking
+    has no more images than candidates: where a query has more right ones, raise --candidates.
+
+    Example: delf-milvus --collection roxford eval revisited gnd_roxford5k.pkl oxford/jpg --out roxford-report
+    """
+    from delf_milvus.evaluation.revisited import RevisitedConfig, revisited_set
+
+    if no_ingest and distractors:
+        raise UsageError("--distractors stores photos; with --no-ingest whatever else the collection has distracts.")
+    data_set = revisited_set(RevisitedConfig(ground_truth, images, tuple(distractors or ())))
+    _run(state_of(context), data_set, out, no_ingest, limit, preset, candidates)
+
+
+@app.command()
+def landmarks(
+    context: typer.Context,
+    queries: Annotated[Path, typer.Argument(metavar="QUERIES", help="Folder of the query photos, id.jpg each.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the photos to store; not with --no-ingest.")] = None,
+    retrieval: Annotated[Path | None, typer.Option(help="Retrieval solution: CSV of id, images[, Usage].")] = None,
+    recognition: Annotated[
+        Path | None, typer.Option(help="Recognition solution: CSV of id, landmarks[, Usage].")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV of id, landmark_id: what the stored photos show, for recognition.")
+    ] = None,
+    usage: Annotated[str | None, typer.Option(help="Only public or private queries. Default: both")] = None,
+    no_ingest: NoIngest = False,
+    limit: Limit = None,
+    out: Out = _OUT,
+    preset: Preset = None,
+    candidates: Candidates = None,
+) -> None:
+    """Run the Google Landmarks protocols: retrieval (mAP@100) and recognition (GAP), with queries without a landmark.
+
+    Example: delf-milvus eval landmarks test/ --images index/ --retrieval retrieval_solution_v2.1.csv --out gld-report
+    """
+    from delf_milvus.evaluation.landmarks import LandmarksConfig, landmarks_set
+
+    if no_ingest == (images is not None):
+        raise UsageError("Give --images, the folder of the photos to store, or --no-ingest for those that are stored.")
+    if usage is not None and usage.lower() not in ("public", "private"):
+        raise UsageError(f"--usage is public or private, not {usage!r}.")
+    whose = None if usage is None else usage.lower()
+    data_set = landmarks_set(LandmarksConfig(queries, images, retrieval, recognition, labels, whose))
+    _run(state_of(context), data_set, out, no_ingest, limit, preset, candidates)
+
+
+@app.command()
+def pairs(
+    context: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="CSV or JSONL of a, b and homography or fundamental (nine numbers).")
+    ],
+    threshold: Annotated[float, typer.Option(min=0, help="Pixels of photo b up to which a match is right.")] = 10.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Pairs at most, evenly spread. Default: all")] = None,
+    out: Out = _OUT,
+    preset: Preset = None,
+) -> None:
+    """Match pairs of photos whose geometry is known; no database is used.
+
+    Figures: matching precision (by the homography, or by the symmetric epipolar distance), right matches, pairs that
+    found nothing, the error of four corners under the estimated transform and the area under its curve. Paths are
+    relative to FILE; the matrices go from pixels of a to pixels of b, row by row.
+
+    Example: delf-milvus eval pairs pairs.csv --threshold 5 --out pairs-report
+    """
+    from delf_milvus.evaluation.pairs import PairsConfig, run_pairs
+    from delf_milvus.matcher import PhotoMatcher
+
+    state = state_of(context)
+    matcher = PhotoMatcher(state.load({"extract": {"preset": preset}}).settings)
+    config = PairsConfig(file, out, threshold, limit)
+    with _interruptible(out), _Bar(show_progress(state.quiet)) as bar:
+        report = run_pairs(matcher, config, bar.matching)
+    _tell(report, state, out)
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    first: Annotated[Path, typer.Argument(metavar="A", help="report.json, or the folder it lies in.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The report that is held against it.")],
+) -> None:
+    """Compare two reports of one data set over their common queries: B less A, with intervals and a permutation test.
+
+    Example: delf-milvus eval compare standard-report fast-report
+    """
+    from delf_milvus.evaluation.comparison import compare as compared
+    from delf_milvus.evaluation.report import EvaluationReport
+
+    state = state_of(context)
+    comparison = compared(EvaluationReport.read(first), EvaluationReport.read(second))
+    if state.json:
+        data_json(comparison.to_dict())
+    else:
+        _tell_comparison(comparison)
+
+
+def _run(
+    state: State,
+    data_set: DataSet,
+    out: Path,
+    no_ingest: bool,
+    limit: int | None,
+    preset: str | None,
+    candidates: int | None,
+) -> None:
+    from delf_milvus.evaluation.run import RunConfig, run
+
+    stages: Stages = {"extract": {"preset": preset}, "search": {"candidates": candidates}}
+    with (
+        _interruptible(out),
+        state.open(stages, create=not no_ingest) as index,
+        _Bar(show_progress(state.quiet)) as bar,
+    ):
+        report = run(
+            index,
+            data_set,
+            RunConfig(out, not no_ingest, limit),
+            (lambda _: None) if state.quiet else say,
+            ingesting=bar.ingesting,
+            searching=bar.searching,
+        )
+    _tell(report, state, out)
+
+
+def _tell(report: EvaluationReport, state: State, out: Path) -> None:
+    from delf_milvus.evaluation.pairs import CORNER_ERRORS
+    from delf_milvus.evaluation.pictures import INLIERS, PRECISION_RECALL
+    from delf_milvus.evaluation.report import REPORT
+
+    for failure in report.failures:
+        say(f"failed: {one_line(failure.error)}")
+    if state.json:
+        data_json(report.to_dict())
+    else:
+        data_table(
+            ("figure", "value", "low", "high", "queries", "what"),
+            (
+                (name, *(f"{number:.4f}" for number in numbers), queries, report.about[name].what)
+                for name, (*numbers, queries) in report.figures.items()
+            ),
+        )
+        data_line("low and high: 95 % interval, by resampling the queries")
+        for note in report.notes:
+            data_line(note)
+    if not state.quiet:
+        names = (CORNER_ERRORS,) if report.kind == "pairs" else (PRECISION_RECALL, INLIERS)
+        for path in (out / name for name in (REPORT, *names)):
+            if path.is_file():
+                say(f"written: {one_line(path)}")
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def _tell_comparison(comparison: Comparison) -> None:
+    data_table(
+        ("figure", "A", "B", "B - A", "low", "high", "p", "queries", "B is"),
+        (
+            (
+                one.name,
+                f"{one.first:.4f}",
+                f"{one.second:.4f}",
+                f"{one.difference:+.4f}",
+                f"{one.low:+.4f}",
+                f"{one.high:+.4f}",
+                f"{one.p:.4f}",
+                one.queries,
+                one.verdict,
+            )
+            for one in comparison.figures
+        ),
+    )
+    data_line("low and high: 95 % interval of the difference; p: two-sided, by exchanging the runs of single queries")
+    if comparison.changed:
+        data_line("the two differ in:")
+    for change in comparison.changed:
+        data_line(f"  {one_line(change)}")
+
+
+@contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    """Ctrl-C ends with one sentence and its exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"Interrupted: what was stored and answered stays in {one_line(out)}; run the same command again to go on.")
+        raise typer.Exit(130) from None
+
+
+class _Bar:
+    """A progress bar on stderr: what is done now, of how much."""
+
+    def __init__(self, visible: bool) -> None:
+        self._visible = visible
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> _Bar:
+        if self._visible:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def ingesting(self, progress: Progress) -> None:
+        self._show("ingest", progress.done, progress.total)
+
+    def searching(self, done: int, total: int) -> None:
+        self._show("search", done, total)
+
+    def matching(self, done: int, total: int) -> None:
+        self._show("match", done, total)
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            return
+        if self._task is None or self._bar.tasks[-1].description != what:
+            # A task of its own, or the time left would be that of the work before.
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(what)
+        self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
