@@ -121,6 +121,9 @@ def _about(config: FoldersConfig) -> dict[str, About]:
     about["wrong accepted"] = About("a wrong image is accepted at the bar", better="lower")
     if config.no_match:
         about["false alarms"] = FALSE_ALARMS
+        about["calibration error"] = About(
+            "of the confidence of first answers, half of the queries with a match", "ece", "lower"
+        )
     about["seconds"] = SECONDS
     return about
 
@@ -130,6 +133,12 @@ def judge(query: Query, answer: Answer) -> Mapping[str, Value]:
     relevant, junk = query.truth.relevant, query.truth.junk
     verified = {one.name for one in answer.found if one.verified} - junk
     values: dict[str, Value] = {"seconds": answer.seconds}
+    first = next((one for one in answer.found if one.name not in junk), None)
+    if first is not None:
+        right = float(first.name in relevant)
+        values["calibration error"] = (first.confidence, right, float(bool(relevant)))
+    else:
+        values["calibration error"] = (0.0, 0.0, float(bool(relevant)))
     if not relevant:
         return values | {"false alarms": float(bool(verified))}
     ranking = [one.name for one in answer.found]

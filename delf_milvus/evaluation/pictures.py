@@ -1,4 +1,5 @@
-"""Two pictures of an evaluation: precision over recall, and the inliers of right and of wrong answers."""
+"""Pictures of an evaluation: precision over recall, the inliers of right and of wrong answers, and how well confidence
+says what share of answers is right."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ import numpy as np
 
 from delf_milvus.evaluation.dataset import Answer, Query
 from delf_milvus.evaluation.metrics import Floats, interpolated_precision, precision_recall
+from delf_milvus.evaluation.statistics import reliability
 from delf_milvus.imaging.chart import Line, histogram_picture, line_picture
 from delf_milvus.imaging.draw import save_picture
 
 PRECISION_RECALL = "precision_recall.png"
 INLIERS = "inliers.png"
+RELIABILITY = "reliability.png"
 
 _WORST_CORNER = 50.0  # pixels: the end of that picture's axis
 
@@ -53,6 +56,30 @@ def inliers_picture(answered: Sequence[tuple[Query, Answer]], path: Path) -> boo
         return False
     caption = "the most inliers of a right and of a wrong image, by query; no match: of queries that have none"
     save_picture(path, histogram_picture(samples, "inliers", "share of queries", caption))
+    return True
+
+
+def reliability_picture(answered: Sequence[tuple[Query, Answer]], path: Path) -> bool:
+    """Write the share of right first answers over their confidence, in ten bins.
+
+    Returns whether there is anything to draw: queries with a match and queries without. Errors as of `save_picture`.
+    """
+    values = []
+    for query, answer in answered:
+        first = next((one for one in answer.found if one.name not in query.truth.junk), None)
+        sure, right = (0.0, False) if first is None else (first.confidence, first.name in query.truth.relevant)
+        values.append((sure, float(right), float(bool(query.truth.relevant))))
+    table = np.array(values, np.float64).reshape(1, -1, 3)
+    if not 0 < table[..., 2].sum() < table.shape[1]:
+        return False
+    sure, true, weight = (column[0] for column in reliability(table))
+    some = weight > 0
+    lines = [
+        Line("first answers", sure[some].tolist(), true[some].tolist()),
+        Line("as promised", [0.0, 1.0], [0.0, 1.0]),
+    ]
+    caption = "each point: a tenth of the scale; queries with and without a match weigh the same"
+    save_picture(path, line_picture(lines, "confidence", "share that is right", caption))
     return True
 
 

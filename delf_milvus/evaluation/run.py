@@ -18,7 +18,14 @@ from typing import Any
 from delf_milvus.errors import InputError, UsageError, one_line
 from delf_milvus.evaluation.dataset import Answer, DataSet, Found, Query, Value, chosen
 from delf_milvus.evaluation.journal import Journal, digest_of, size_of
-from delf_milvus.evaluation.pictures import INLIERS, PRECISION_RECALL, inliers_picture, precision_recall_picture
+from delf_milvus.evaluation.pictures import (
+    INLIERS,
+    PRECISION_RECALL,
+    RELIABILITY,
+    inliers_picture,
+    precision_recall_picture,
+    reliability_picture,
+)
 from delf_milvus.evaluation.report import REPORT, EvaluationReport, Facts, made_report
 from delf_milvus.index import DelfIndex
 from delf_milvus.ingestion.pipeline import Progress
@@ -121,7 +128,12 @@ def run(
         notes,
     )
     report.write(config.out / REPORT)
-    for draw, name in ((precision_recall_picture, PRECISION_RECALL), (inliers_picture, INLIERS)):
+    pictures = (
+        (precision_recall_picture, PRECISION_RECALL),
+        (inliers_picture, INLIERS),
+        (reliability_picture, RELIABILITY),
+    )
+    for draw, name in pictures:
         if not draw(answered, config.out / name):
             (config.out / name).unlink(missing_ok=True)
     return report

@@ -15,7 +15,10 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-StatisticName = Literal["mean", "median", "gap"]
+StatisticName = Literal["mean", "median", "gap", "ece"]
+
+BINS = 10
+"""Bins of confidence, of equal width."""
 
 LEVEL = 0.95
 """Share of resamples inside an interval."""
@@ -43,7 +46,37 @@ def _gap(values: Floats) -> Floats:
     return np.asarray((precision * right).sum(axis=1) / np.maximum(values[..., 3].sum(axis=1), 1))
 
 
-_STATISTICS: dict[StatisticName, Callable[[Floats], Floats]] = {"mean": _mean, "median": _median, "gap": _gap}
+def reliability(values: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean confidence, share of right answers and weight of each of ten bins of confidence, (B, 10) each.
+
+    values: (B, N, 3): confidence of a query's first answer, whether it is right, whether the query has a match.
+    Queries with and without a match have half of the weight each, which is what a confidence speaks of.
+    """
+    confidence, right, answerable = (values[..., column] for column in range(3))
+    with_match = answerable.mean(axis=1, keepdims=True)
+    share = np.where(answerable > 0, 0.5 / np.maximum(with_match, 1e-12), 0.5 / np.maximum(1 - with_match, 1e-12))
+    share = share / share.sum(axis=1, keepdims=True)
+    bins = np.minimum((confidence * BINS).astype(np.intp), BINS - 1)
+    weight, sure, true = (
+        np.stack([np.where(bins == one, share * what, 0).sum(axis=1) for one in range(BINS)], axis=1)
+        for what in (1.0, confidence, right)
+    )
+    held = np.maximum(weight, 1e-12)
+    return sure / held, true / held, weight
+
+
+def _ece(values: Floats) -> Floats:
+    """Expected calibration error: how far confidence and share of right answers are apart, over ten bins."""
+    sure, true, weight = reliability(values)
+    return np.asarray((weight * np.abs(sure - true)).sum(axis=1))
+
+
+_STATISTICS: dict[StatisticName, Callable[[Floats], Floats]] = {
+    "mean": _mean,
+    "median": _median,
+    "gap": _gap,
+    "ece": _ece,
+}
 """From (B, N, C), B samples of N queries, to (B,)."""
 
 

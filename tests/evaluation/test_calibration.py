@@ -9,7 +9,8 @@ import pytest
 from conftest import make_photo, save_photo
 
 from delf_milvus.errors import ImageError, InputError
-from delf_milvus.evaluation.calibration import CalibrationConfig, calibrate, class_photos, judging_photos
+from delf_milvus.evaluation.calibration import CalibrationConfig, calibrate, class_photos, family, judging_photos
+from delf_milvus.model.spec import BUNDLED
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.settings import Settings
 
@@ -77,20 +78,39 @@ def test_every_second_class_takes_part_and_the_others_judge(
     small = write_classes(tmp_path, 4)
     with pytest.raises(ImageError):
         calibrate(CalibrationConfig(small, fill=(judging[0].parent,)), SETTINGS, say=lambda _: None)
-    assert said[0] == f"{TAKING_PART} and {TAKING_PART} photos in two halves, 0 more"
+    assert said[0] == f"{TAKING_PART} and {TAKING_PART} photos in two halves, 0 more, 0 that match"
 
 
-def test_confidence_is_high_for_many_inliers_and_zero_for_none(calibration: Calibration) -> None:
-    chance = calibration.chance[1]
-    for confidence in (calibration.confidence, calibration.pair_confidence):
-        many, few, none = confidence([250, chance, 0])
-        assert many > 0.99
-        assert few < 0.9
-        assert none == 0
-    # In a crowd of candidates with next to nothing, too.
-    crowd = calibration.confidence(np.array([250] + [0] * 40))
-    assert crowd[0] > 0.99
-    assert not crowd[1:].any()
+def test_without_photos_that_match_the_weights_are_those_of_the_bundled_model(calibration: Calibration) -> None:
+    bundled = Calibration.read(BUNDLED.with_suffix(".calibration.json"))
+    assert calibration.answers.weights == bundled.answers.weights
+    assert calibration.pairs.weights == bundled.pairs.weights
+    assert calibration.answers.unrelated != bundled.answers.unrelated
+    assert calibration.chance != bundled.chance
+
+
+def test_photos_that_match_weigh_the_evidence_anew(data: Path, tmp_path: Path) -> None:
+    for place in range(12):
+        photo = make_photo(2000 + place, 240, 200)
+        for view, (x, y) in enumerate([(0, 0), (20, 10), (8, 16)]):
+            save_photo(tmp_path / f"place{place:02d}" / f"{view}.png", photo[y : y + 180, x : x + 210].copy())
+    save_photo(tmp_path / "left_out" / "0.png", make_photo(1, 64, 64))
+    said: list[str] = []
+    config = CalibrationConfig(data, matches=tmp_path, exclude=frozenset({"left_out"}))
+    calibration = calibrate(config, SETTINGS, say=said.append)
+    assert said[0].endswith("0 more, 36 that match")
+    many = np.array([[np.log1p(150), np.log1p(200), np.log1p(120), np.log1p(100), 0.25, 1.0, 1.0]])
+    few = np.array([[np.log1p(5), np.log1p(30), 0.0, 0.0, 0.3, 0.0, 0.6]])
+    for assess in (calibration.assess, calibration.assess_pairs):
+        assert assess(many).confidence[0] > 0.9
+        assert assess(many).false_alarm[0] < 0.01
+        assert assess(few).confidence[0] < 0.5
+        assert assess(few).false_alarm[0] > 0.05
+
+
+def test_classes_of_one_family_may_share_photos(tmp_path: Path) -> None:
+    assert family("crocodile_head") == family("crocodile") == "crocodile"
+    assert family("snoopy") != family("garfield")
 
 
 def test_a_calibration_is_read_as_it_was_written(calibration: Calibration, tmp_path: Path) -> None:
@@ -106,7 +126,7 @@ def test_the_fill_makes_the_collections_larger(tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(InputError, match="too few photos"):
         calibrate(CalibrationConfig(root, fill=(fill,), size=4), SETTINGS, say=said.append)
-    assert said == ["2 and 2 photos in two halves, 2 more"]
+    assert said == ["2 and 2 photos in two halves, 2 more, 0 that match"]
 
 
 def test_too_few_photos_are_one_sentence(tmp_path: Path) -> None:

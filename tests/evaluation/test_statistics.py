@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delf_milvus.evaluation.metrics import global_average_precision
-from delf_milvus.evaluation.statistics import difference, interval, statistic
+from delf_milvus.evaluation.statistics import difference, interval, reliability, statistic
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_approximation() -> None:
@@ -66,3 +66,24 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     found = [interval(random.random(60), "mean") for _ in range(60)]
     assert np.mean([one.low <= 0.5 <= one.high for one in found]) > 0.85
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_right_answers() -> None:
+    rng = np.random.default_rng(0)
+    sure = rng.uniform(0, 1, 20_000)
+    # Half of the queries have a match; an answer is right as often as it is sure, and without a match never.
+    answerable = rng.random(len(sure)) < sure
+    honest = np.stack([sure, answerable, answerable], axis=1).astype(float)
+    assert statistic(honest, "ece") < 0.02
+    boasting = honest.copy()
+    boasting[:, 0] = 1 - (1 - boasting[:, 0]) / 3
+    assert statistic(boasting, "ece") == pytest.approx(np.mean(boasting[:, 0] - sure), abs=0.02)
+
+
+def test_queries_with_and_without_a_match_weigh_the_same_in_reliability() -> None:
+    few = np.array([(0.9, 1.0, 1.0)] * 3 + [(0.9, 0.0, 0.0)] * 300)
+    sure, true, weight = reliability(few[None])
+    assert weight[0, 9] == pytest.approx(1)
+    assert sure[0, 9] == pytest.approx(0.9)
+    assert true[0, 9] == pytest.approx(0.5)
+    assert statistic(few, "ece") == pytest.approx(0.4)
