@@ -21,11 +21,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delf_milvus.errors import DatabaseError, UsageError
-from delf_milvus.features import Box
+from delf_milvus.features import Box, Features
 from delf_milvus.imaging.decode import Source
 from delf_milvus.index import DelfIndex, Query, candidates_of
 from delf_milvus.matcher import PairResult
-from delf_milvus.retrieval.search import Hit, SearchResult, hits_of, judge
+from delf_milvus.retrieval.search import Judgement, SearchResult, hits_of, judge, looked_twice, widened
 from delf_milvus.retrieval.voting import Votes, vote
 from delf_milvus.settings import Settings
 from delf_milvus.store import connection
@@ -144,7 +144,7 @@ class AsyncDelfIndex:
 
         The timings of its result include the waiting for a thread and for the database.
         """
-        reads, store = self._reads, self._index.store
+        reads = self._reads
         if reads is None:
             return await self._in_thread(
                 self._index.search, image, top_k, box=box, filter=filter, include_unverified=include_unverified
@@ -152,7 +152,28 @@ class AsyncDelfIndex:
         query = await self._in_thread(self._index.query, image, top_k, box)
         if not len(query.features):
             return query.result([])
-        descriptors, neighbours = query.features.descriptors, query.search.neighbours
+        verify, calibration = self._index.settings.verify, self._index.calibration
+        judged = await self._judged(reads, query, query.features, filter)
+        wide = await self._in_thread(widened, query.features, judged, query.search, calibration, query.box)
+        if wide is not None:
+            second = await self._judged(reads, query, wide, filter)
+            judged = await self._in_thread(looked_twice, query.features, judged, second, verify, query.timings)
+        hits = await self._in_thread(
+            hits_of,
+            query.features,
+            judged,
+            query.search,
+            verify,
+            calibration,
+            query_box=query.box,
+            include_unverified=include_unverified,
+        )
+        return query.result(hits)
+
+    async def _judged(self, reads: AsyncReads, query: Query, features: Features, filter: Filter) -> Judgement:
+        """The candidates of these features, the query's or a widened one's."""
+        store = self._index.store
+        descriptors, neighbours = features.descriptors, query.search.neighbours
         with query.timings.measure("neighbours"):
             calls = await self._in_thread(store.neighbour_calls, descriptors, neighbours, filter)
             results = await reads.search(calls)
@@ -169,25 +190,13 @@ class AsyncDelfIndex:
         votes, wanted, calls = await self._in_thread(voted)
         with query.timings.measure("geometry"):
             rows = await reads.get(calls)
-        return query.result(await self._in_thread(self._judged, query, votes, wanted, rows, include_unverified))
 
-    def _judged(
-        self, query: Query, votes: Votes, wanted: list[int], rows: list[Any], include_unverified: bool
-    ) -> list[Hit]:
-        verify = self._index.settings.verify
-        with query.timings.measure("geometry"):
-            stored = candidates_of(self._index.store.stored_answer(wanted, rows))
-        judged = judge(query.features, votes, stored, query.search, verify, query.timings)
-        calibration = self._index.calibration
-        return hits_of(
-            query.features,
-            judged,
-            query.search,
-            verify,
-            calibration,
-            query_box=query.box,
-            include_unverified=include_unverified,
-        )
+        def verified() -> Judgement:
+            with query.timings.measure("geometry"):
+                stored = candidates_of(store.stored_answer(wanted, rows))
+            return judge(features, votes, stored, query.search, self._index.settings.verify, query.timings)
+
+        return await self._in_thread(verified)
 
     async def match(self, first: Source, second: Source) -> PairResult:
         """Compare two photos; the database is not used. Raises ImageError."""

@@ -206,6 +206,12 @@ class SearchSettings(_Stage):
     mode: Literal["full", "hits"] = Field(
         "full", description="full matches against all stored descriptors of a candidate, hits only the neighbours."
     )
+    expand: int = Field(
+        0,
+        ge=0,
+        le=10,
+        description="Surest answers whose features join the query for a second look: finds more, in twice the time.",
+    )
     inlier_weight: float = Field(
         0.75, ge=0, description="Weight of the inliers beside the votes, each divided by its mean over the best five."
     )

@@ -36,6 +36,9 @@ def search(
         str, typer.Option(metavar="EXPR", help="Only images that meet this, in declared fields: 'year >= 2020'.")
     ] = "",
     candidates: Annotated[int | None, typer.Option(help="Images that are verified. Default: 100")] = None,
+    expand: Annotated[
+        int | None, typer.Option(help="Sure answers whose features join the query for a second look. Default: 0")
+    ] = None,
     per_region: Annotated[
         int | None, typer.Option(help="Answers at most for each thing in a photo of several. Default: no limit")
     ] = None,
@@ -59,7 +62,10 @@ def search(
     """
     state = state_of(context)
     stages: Stages = {
-        "search": {"top": top, "candidates": candidates, "mode": mode, "per_region": per_region},
+        "search": {
+            **{"top": top, "candidates": candidates, "mode": mode},
+            **{"per_region": per_region, "expand": expand},
+        },
         "extract": {"preset": preset},
     }
     with state.open(stages) as index:

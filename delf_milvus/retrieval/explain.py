@@ -70,7 +70,7 @@ def explain(
     candidate = position is not None
     if position is None:
         # Judged beside the candidates, for the chance level of a query is that of all its candidates.
-        judged, position = _with(judged, _alone(query, key, image, search, verify)), len(judged.candidates)
+        judged, position = judged.joined(_alone(query, key, image, search, verify)), len(judged.candidates)
     confidence, false_alarm = calibration.assess(judged.evidence)
     verified = false_alarm <= verify.max_false_alarm
     order = list(verified_regions(query, judged, verified, search.per_region))[: search.top] if candidate else []
@@ -107,17 +107,6 @@ def _alone(query: Features, key: int, image: Candidate, search: SearchSettings, 
     only = Votes(np.array([key], np.int64), np.zeros(1), none, none, np.empty(0, np.float32), np.zeros(2, np.intp))
     full = search.model_copy(update={"mode": "full"})
     return judge(query, only, {key: image}, full, verify, Timings())
-
-
-def _with(judged: Judgement, other: Judgement) -> Judgement:
-    return Judgement(
-        judged.candidates + other.candidates,
-        judged.verifications + other.verifications,
-        judged.matches + other.matches,
-        np.concatenate([judged.inliers, other.inliers]),
-        np.concatenate([judged.scores, other.scores]),
-        np.concatenate([judged.evidence, other.evidence]),
-    )
 
 
 def _verdict(found: Explanation, search: SearchSettings) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from delf_milvus.features import Box, Features
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.evidence import evidence
+from delf_milvus.retrieval.expansion import expanded
 from delf_milvus.retrieval.homography import refined
 from delf_milvus.retrieval.matching import Matches, match_many
 from delf_milvus.retrieval.ranking import combined_scores
@@ -29,6 +30,9 @@ from delf_milvus.retrieval.voting import Votes, vote
 from delf_milvus.settings import SearchSettings, VerifySettings
 
 Transform = list[list[float]]
+
+EXPANSION_FALSE_ALARM = 0.001
+"""Bar of an answer whose features may join the query: a wrong one would bring more of its own kind."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,29 @@ class Judgement:
     scores: npt.NDArray[np.float64]
     evidence: npt.NDArray[np.float64]
 
+    def ordered(self, scores: npt.NDArray[np.float64]) -> Judgement:
+        """The same candidates in falling order of these scores."""
+        order = np.argsort(-scores, kind="stable")
+        return Judgement(
+            [self.candidates[i] for i in order],
+            [self.verifications[i] for i in order],
+            [self.matches[i] for i in order],
+            self.inliers[order],
+            scores[order],
+            self.evidence[order],
+        )
+
+    def joined(self, other: Judgement) -> Judgement:
+        """These candidates and then the others."""
+        return Judgement(
+            self.candidates + other.candidates,
+            self.verifications + other.verifications,
+            self.matches + other.matches,
+            np.concatenate([self.inliers, other.inliers]),
+            np.concatenate([self.scores, other.scores]),
+            np.concatenate([self.evidence, other.evidence]),
+        )
+
 
 def judge_candidates(
     query: Features, source: CandidateSource, search: SearchSettings, verify: VerifySettings, timings: Timings
@@ -203,25 +230,68 @@ def judge(
             matches = [votes.hits(row, verify.similarity) for row in rows]
             matches = [_existing(m, c) for m, c in zip(matches, candidates, strict=True)]
     with timings.measure("verify"):
-        verifications = verify_many(
-            keypoints(query),
-            [keypoints(c.features) for c in candidates],
-            matches,
-            residual=verify.residual,
-            min_inliers=verify.min_inliers,
-        )
-        found = evidence(keypoints(query), matches, verifications)
-        inliers = np.array([v.inliers for v in verifications], np.int64)
-        scores = combined_scores(votes.scores[rows], inliers, search.inlier_weight)
-        order = np.argsort(-scores, kind="stable")
-    return Judgement(
-        [candidates[i] for i in order],
-        [verifications[i] for i in order],
-        [matches[i] for i in order],
-        inliers[order],
-        scores[order],
-        found[order],
+        judged = _verified(query, candidates, matches, verify, votes.scores[rows])
+        scores = combined_scores(votes.scores[rows], judged.inliers, search.inlier_weight)
+        return judged.ordered(scores)
+
+
+def _verified(
+    query: Features,
+    candidates: Sequence[Candidate],
+    matches: Sequence[Matches],
+    verify: VerifySettings,
+    scores: npt.NDArray[np.float64],
+) -> Judgement:
+    """The candidates in the given order, with these scores."""
+    verifications = verify_many(
+        keypoints(query),
+        [keypoints(c.features) for c in candidates],
+        matches,
+        residual=verify.residual,
+        min_inliers=verify.min_inliers,
     )
+    return Judgement(
+        list(candidates),
+        verifications,
+        list(matches),
+        np.array([v.inliers for v in verifications], np.int64),
+        scores,
+        evidence(keypoints(query), matches, verifications),
+    )
+
+
+def widened(
+    query: Features, judged: Judgement, search: SearchSettings, calibration: Calibration, query_box: Box
+) -> Features | None:
+    """The query for a second look, with features of its surest answers; None where none is asked for or none is sure
+    enough."""
+    if not search.expand:
+        return None
+    sure = np.flatnonzero(calibration.assess(judged.evidence).false_alarm <= EXPANSION_FALSE_ALARM)[: search.expand]
+    found = [(judged.candidates[i].features, judged.matches[i], judged.verifications[i]) for i in sure]
+    return expanded(query, found, query_box) if found else None
+
+
+def looked_twice(
+    query: Features, first: Judgement, second: Judgement, verify: VerifySettings, timings: Timings
+) -> Judgement:
+    """What both looks found. second: the judgement of the widened query.
+
+    The second look orders its candidates; proof and evidence are those of the query itself. Candidates of the first
+    look that the second lacks come after them, in their order.
+    """
+    known = {candidate.image_id: i for i, candidate in enumerate(first.candidates)}
+    new = [i for i, candidate in enumerate(second.candidates) if candidate.image_id not in known]
+    candidates = [second.candidates[i] for i in new]
+    with timings.measure("match"):
+        matches = match_many(query.descriptors, [c.features.descriptors for c in candidates], verify.similarity)
+    with timings.measure("verify"):
+        own = first.joined(_verified(query, candidates, matches, verify, np.zeros(len(new))))
+    lowest = float(second.scores.min(initial=0.0))
+    score = {candidate.image_id: float(s) for candidate, s in zip(second.candidates, second.scores, strict=True)}
+    after = [lowest - 1 - rank for rank in range(len(own.candidates))]
+    scores = [score.get(candidate.image_id, late) for candidate, late in zip(own.candidates, after, strict=True)]
+    return own.ordered(np.array(scores, np.float64))
 
 
 def answer(
@@ -240,6 +310,10 @@ def answer(
     query_box: the part of the query photo that was searched for, x0, y0, x1, y1.
     """
     judged = judge_candidates(query, source, search, verify, timings)
+    wide = widened(query, judged, search, calibration, query_box)
+    if wide is not None:
+        second = judge_candidates(wide, source, search, verify, timings)
+        judged = looked_twice(query, judged, second, verify, timings)
     return hits_of(
         query, judged, search, verify, calibration, query_box=query_box, include_unverified=include_unverified
     )
