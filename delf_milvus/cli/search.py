@@ -110,6 +110,7 @@ def _tell(result: SearchResult, json: bool) -> None:
                 "inliers": lambda hit: hit.inliers,
                 "putatives": lambda hit: hit.putatives,
                 "confidence": lambda hit: f"{hit.confidence:.4f}",
+                "false alarm": lambda hit: f"{hit.false_alarm:.1e}",
                 "verified": lambda hit: "yes" if hit.verified else "no",
                 "score": lambda hit: f"{hit.score:.3f}",
             }

@@ -5,9 +5,10 @@ names begin with the same word ("crocodile", "crocodile_head") may share photos 
 takes part; the others stay out, so that they can judge the result. The classes that take part form two halves: each
 half queries a collection made of the other one, filled up with further photos to a realistic size.
 
-Photos with a match come in folders of one place or thing each. They are in both collections and query them; their own
-photo does not count. With them the evidence is weighed anew; without, the weights stay those of the bundled model, and
-only what photos without a match reach is measured.
+Photos with a match come in folders of one place or thing each. They are in both collections and query them twice: as
+they are, where their own photo does not count, and changed as another view of the very same thing may be, where it
+does. So hard and easy matches have half of the weight each. With them the evidence is weighed anew; without, the
+weights stay those of the bundled model, and only what photos without a match reach is measured.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.errors import InputError
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.features import Features
+from delf_milvus.imaging.decode import RgbImage
 from delf_milvus.ingestion.scan import scan
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.model.spec import BUNDLED
@@ -119,8 +122,35 @@ def calibrate(config: CalibrationConfig, settings: Settings, say: Say = print) -
     filling = [shown(str(path), path) for path in others[:missing]]
     folders = {} if config.matches is None else _folders(config.matches)
     matching = [shown(name, path) for name in sorted(folders) if name not in config.exclude for path in folders[name]]
+    random = np.random.default_rng(config.seed)
+    changed = [
+        Shown(name, matcher.extractor.extract(another_view(matcher.decode(path), random), count))
+        for name in sorted(folders)
+        if name not in config.exclude
+        for path in folders[name]
+    ]
     say(f"{len(halves[0])} and {len(halves[1])} photos in two halves, {len(filling)} more, {len(matching)} that match")
-    return fit(halves, filling, matching, config, settings, say)
+    return fit(halves, filling, matching, changed, config, settings, say)
+
+
+def another_view(photo: RgbImage, random: np.random.Generator) -> RgbImage:
+    """The photo seen from elsewhere, nearer or farther, cropped, darker or brighter, blurred, and compressed."""
+    height, width = photo.shape[:2]
+    corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], np.float32)
+    turned = cv2.getRotationMatrix2D((width / 2, height / 2), random.uniform(-15, 15), random.uniform(0.6, 1.3))
+    moved = np.column_stack([corners, np.ones(4)]) @ turned.T + random.uniform(-0.12, 0.12, (4, 2)) * (width, height)
+    transform = cv2.getPerspectiveTransform(corners, moved.astype(np.float32))
+    view = cv2.warpPerspective(photo, transform, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT)
+    share = random.uniform(0.5, 1.0)
+    wide, high = max(1, int(width * share)), max(1, int(height * share))
+    left, top = random.integers(0, width - wide + 1), random.integers(0, height - high + 1)
+    view = view[top : top + high, left : left + wide]
+    view = (255 * (view / 255.0) ** random.uniform(0.6, 1.6)).clip(0, 255).astype(np.uint8)
+    if random.random() < 0.4:
+        view = cv2.GaussianBlur(view, (0, 0), random.uniform(0.5, 1.8))
+    _, coded = cv2.imencode(".jpg", view, [cv2.IMWRITE_JPEG_QUALITY, int(random.integers(15, 90))])
+    decoded: RgbImage = cv2.imdecode(coded, cv2.IMREAD_COLOR)
+    return decoded
 
 
 def family(name: str) -> str:
@@ -132,6 +162,7 @@ def fit(
     halves: Sequence[Sequence[Shown]],
     filling: Sequence[Shown],
     matching: Sequence[Shown],
+    changed: Sequence[Shown],
     config: CalibrationConfig,
     settings: Settings,
     say: Say = print,
@@ -147,14 +178,15 @@ def fit(
         crowd = [*half, *filling][: config.size]
         stored = [Shown(one.thing, one.features.top(plan.stored_features)) for one in [*crowd, *matching]]
         collection = MemoryCollection([str(number) for number in range(len(stored))], [one.features for one in stored])
-        asking = [(one, -1) for one in queries]
+        asking: list[tuple[Shown, int | None]] = [(one, None) for one in queries]
         asking += [(one, len(crowd) + number) for number, one in enumerate(matching)]
+        asking += [(one, -1) for one in changed]
         for number, (one, own) in enumerate(asking, 1):
             query = one.features.top(plan.query_features)
             judged = judge_candidates(query, collection, settings.search, settings.verify, Timings())
             numbers = np.array([int(candidate.image_id) for candidate in judged.candidates], np.intp)
             right = np.array([stored[i].thing == one.thing for i in numbers], np.bool_)
-            if own < 0:
+            if own is None:
                 sample.without.append(judged.evidence[~right])
             else:
                 kept = numbers != own
