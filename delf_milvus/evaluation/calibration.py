@@ -149,8 +149,7 @@ def another_view(photo: RgbImage, random: np.random.Generator) -> RgbImage:
     if random.random() < 0.4:
         view = cv2.GaussianBlur(view, (0, 0), random.uniform(0.5, 1.8))
     _, coded = cv2.imencode(".jpg", view, [cv2.IMWRITE_JPEG_QUALITY, int(random.integers(15, 90))])
-    decoded: RgbImage = cv2.imdecode(coded, cv2.IMREAD_COLOR)
-    return decoded
+    return np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)
 
 
 def family(name: str) -> str:
@@ -221,7 +220,7 @@ def _fitted(sample: _Sample) -> Calibration:
         [one[right] for one, right in found],
     )  # fmt: skip
     related, unrelated = np.concatenate(sample.related), np.concatenate(sample.unrelated)
-    some = related[related[:, INLIERS] > 0]
+    some = related[related[:, INLIERS] >= np.log1p(_LEAST_INLIERS)]
     pairs = fit_scorer(some, unrelated, [one[None] for one in unrelated], [one[None] for one in some])
     return Calibration(chance, answers, pairs)
 

@@ -151,7 +151,7 @@ def relevant_settings(settings: Settings) -> dict[str, Any]:
 def fingerprint_values(settings: Settings) -> dict[str, Any]:
     """The model's fingerprint, in short and in full. Raises ModelError."""
     fingerprint = PhotoMatcher(settings).fingerprint
-    return {"short": fingerprint.short, **asdict(fingerprint)}
+    return {"short": fingerprint.short, **json.loads(fingerprint.to_json())}
 
 
 def _ingest(

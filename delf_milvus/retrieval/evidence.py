@@ -27,16 +27,20 @@ _CLOSE = 0.7
 _DISTINCT = 0.8
 """Cosine similarity of a match that is hardly ever one of chance."""
 
+SUPPORTED = 4
+"""Matches that one inlier lets count as evidence, itself among them."""
+
 
 def evidence(query: Keypoints, matches: Sequence[Matches], verifications: Sequence[Verification]) -> Float64Array:
     """(N, len(NAMES)) float64, all finite, one row for each image that a query was compared with.
 
-    inliers: logarithm of 1 + their number by place. putatives: logarithm of 1 + the number of matches before geometry.
-    close: logarithm of 1 + the number of inliers with a similarity of at least 0.7. distinct: logarithm of 1 + the
-    number of putative matches with one of at least 0.8. spread: geometric mean of the inliers' standard deviations
-    along their two main axes, in longest sides of the query: chance fills the photo, a thing its own part of it.
-    contrast: by how many standard errors the inliers are more similar than the other matches. scale_agreement: share of
-    the inliers whose scales agree with the transform.
+    inliers: logarithm of 1 + their number by place. putatives: logarithm of 1 + the number of matches before geometry,
+    of which each inlier lets four count at most: photos of one style have many that no transform explains. close:
+    logarithm of 1 + the number of inliers with a similarity of at least 0.7. distinct: logarithm of 1 + the number of
+    putative matches with one of at least 0.8, limited in the same way. spread: geometric mean of the inliers' standard
+    deviations along their two main axes, in longest sides of the query: chance fills the photo, a thing its own part
+    of it. contrast: by how many standard errors the inliers are more similar than the other matches. scale_agreement:
+    share of the inliers whose scales agree with the transform.
     """
     rows = [_row(query, *one) for one in zip(matches, verifications, strict=True)]
     return np.array(rows, np.float64).reshape(len(rows), len(NAMES))
@@ -44,9 +48,10 @@ def evidence(query: Keypoints, matches: Sequence[Matches], verifications: Sequen
 
 def _row(query: Keypoints, matches: Matches, verification: Verification) -> list[float]:
     mask, similarity = verification.mask, matches.similarity.astype(np.float64)
-    putatives, distinct = np.log1p(len(similarity)), np.log1p(np.count_nonzero(similarity >= _DISTINCT))
     if verification.transform is None or not mask.any():
-        return [0.0, putatives, 0.0, distinct, 0.0, 0.0, 0.0]
+        return [0.0] * len(NAMES)
+    most = SUPPORTED * verification.inliers
+    putatives, distinct = min(len(similarity), most), min(int(np.count_nonzero(similarity >= _DISTINCT)), most)
     inside, outside = similarity[mask], similarity[~mask]
     places = query.points[matches.query[mask]].astype(np.float64) / max(query.size)
     places -= places.mean(axis=0)
@@ -57,9 +62,9 @@ def _row(query: Keypoints, matches: Matches, verification: Verification) -> list
         contrast = (inside.mean() - outside.mean()) / np.sqrt(error)
     return [
         np.log1p(verification.inliers),
-        putatives,
+        np.log1p(putatives),
         np.log1p(np.count_nonzero(inside >= _CLOSE)),
-        distinct,
+        np.log1p(distinct),
         max(xx * yy - xy**2, 0.0) ** 0.25,
         contrast,
         verification.scale_agreement,
