@@ -107,6 +107,27 @@ def test_answers_and_errors_are_those_of_the_synchronous_index(
         assert (status["images"], status["collection"]) == (5, place.collection)
 
 
+def test_a_second_look_is_that_of_the_synchronous_index(place: Settings) -> None:
+    twice = place.model_copy(update={"search": place.search.model_copy(update={"expand": 2})})
+
+    async def looked() -> list[Any]:
+        async with await AsyncDelfIndex.open(settings=twice) as index:
+            for seed in range(4):
+                await index.add(make_photo(seed), f"{seed}.png")
+            return [await index.search(cropped(seed), include_unverified=True) for seed in range(2)]
+
+    found = run(looked)
+    with DelfIndex.open(settings=twice, create=False) as index:
+        expected = [index.search(cropped(seed), include_unverified=True) for seed in range(2)]
+    assert [[hit.to_dict() for hit in r.hits] for r in found] == [[h.to_dict() for h in r.hits] for r in expected]
+    with DelfIndex.open(settings=place, create=False) as index:
+        once = [index.search(cropped(seed), include_unverified=True) for seed in range(2)]
+    # Proof is that of the query itself, however many look with it.
+    for wide, plain in zip(expected, once, strict=True):
+        inliers = {hit.image_id: (hit.inliers, hit.transform) for hit in plain.hits}
+        assert {hit.image_id: (hit.inliers, hit.transform) for hit in wide.hits} == inliers
+
+
 def test_the_loop_runs_on_while_threads_compute(place: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with await AsyncDelfIndex.open(settings=place, threads=1) as index:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal, NoReturn
@@ -85,6 +85,10 @@ class Answer:
 
     found: tuple[Found, ...]
     seconds: float
+
+    def first(self, junk: Set[str] = frozenset()) -> Found | None:
+        """The first that is no junk."""
+        return next((one for one in self.found if one.name not in junk), None)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def judge(query: Query, answer: Answer) -> Mapping[str, Value]:
     relevant, junk = query.truth.relevant, query.truth.junk
     verified = {one.name for one in answer.found if one.verified} - junk
     values: dict[str, Value] = {"seconds": answer.seconds}
-    first = next((one for one in answer.found if one.name not in junk), None)
+    first = answer.first(junk)
     if first is not None:
         right = float(first.name in relevant)
         values["calibration error"] = (first.confidence, right, float(bool(relevant)))

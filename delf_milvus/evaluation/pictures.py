@@ -66,7 +66,7 @@ def reliability_picture(answered: Sequence[tuple[Query, Answer]], path: Path) ->
     """
     values = []
     for query, answer in answered:
-        first = next((one for one in answer.found if one.name not in query.truth.junk), None)
+        first = answer.first(query.truth.junk)
         sure, right = (0.0, False) if first is None else (first.confidence, first.name in query.truth.relevant)
         values.append((sure, float(right), float(bool(query.truth.relevant))))
     table = np.array(values, np.float64).reshape(1, -1, 3)
@@ -97,7 +97,7 @@ def _rankings(answered: Sequence[tuple[Query, Answer]]) -> list[Line]:
 def _first_answers(answered: Sequence[tuple[Query, Answer]]) -> Line | None:
     confidences, right = [], []
     for query, answer in answered:
-        first = next((one for one in answer.found if one.name not in query.truth.junk), None)
+        first = answer.first(query.truth.junk)
         if first is not None:
             confidences.append(first.confidence)
             right.append(first.name in query.truth.relevant)
