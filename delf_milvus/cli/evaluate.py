@@ -233,7 +233,7 @@ def _run(
 
 def _tell(report: EvaluationReport, state: State, out: Path) -> None:
     from delf_milvus.evaluation.pairs import CORNER_ERRORS
-    from delf_milvus.evaluation.pictures import INLIERS, PRECISION_RECALL
+    from delf_milvus.evaluation.pictures import INLIERS, PRECISION_RECALL, RELIABILITY
     from delf_milvus.evaluation.report import REPORT
 
     for failure in report.failures:
@@ -252,7 +252,7 @@ def _tell(report: EvaluationReport, state: State, out: Path) -> None:
         for note in report.notes:
             data_line(note)
     if not state.quiet:
-        names = (CORNER_ERRORS,) if report.kind == "pairs" else (PRECISION_RECALL, INLIERS)
+        names = (CORNER_ERRORS,) if report.kind == "pairs" else (PRECISION_RECALL, INLIERS, RELIABILITY)
         for path in (out / name for name in (REPORT, *names)):
             if path.is_file():
                 say(f"written: {one_line(path)}")

@@ -89,10 +89,14 @@ def _explain(found: Explanation, json: bool) -> None:
         data_json(found.to_dict())
     else:
         rows = flat({name: value for name, value in found.to_dict().items() if name not in ("transform", "verdict")})
-        data_table(("stage", "value"), [(name.replace("_", " "), value) for name, value in rows])
+        data_table(("stage", "value"), [(name.replace("_", " "), _short(value)) for name, value in rows])
         data_line(found.verdict)
     if not found.verified:
         raise typer.Exit(1)
+
+
+def _short(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _tell(result: SearchResult, json: bool) -> None:

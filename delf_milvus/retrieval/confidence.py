@@ -40,7 +40,7 @@ thing, in data that is meant to be unrelated; it does not count."""
 LEVELS = 101
 """Quantiles that are kept of the rest."""
 
-CROWD = 20
+CROWD = 60
 """Candidates below which the chance level of a query cannot be told from its own candidates."""
 
 CHANCE = 0.75

@@ -132,6 +132,6 @@ def _geometry(found: Explanation) -> str:
         return f"no transform explains three of its {found.putatives} matches that are not on a line."
     side = "at most" if found.false_alarm <= found.max_false_alarm else "above"
     return (
-        f"{found.inliers} places of {found.putatives} matches agree on one transform; "
-        f"{found.false_alarm:.2g} of queries without a match reach that, {side} the bar of {found.max_false_alarm:g}."
+        f"{found.inliers} places of {found.putatives} matches agree on one transform; the share of queries without a "
+        f"match that reach as much is {found.false_alarm:.2g}, {side} the bar of {found.max_false_alarm:g}."
     )
