@@ -130,16 +130,22 @@ def test_the_figures_of_folders_by_hand(tmp_path: Path) -> None:
         "precision@10": pytest.approx(2 / 3),
         "accepted": 1,
         "wrong accepted": 1,
+        "calibration error": (0.5, 1, 1),
         "seconds": 0.5,
     }
     stranger = query(data, "strangers/s.jpg")
-    assert data.judge(stranger, answer("4.jpg")) == {"false alarms": 0, "seconds": 0.5}
+    assert data.judge(stranger, answer("4.jpg")) == {
+        "false alarms": 0,
+        "calibration error": (0.5, 0, 0),
+        "seconds": 0.5,
+    }
     assert data.judge(stranger, answer("4.jpg", verified=1))["false alarms"] == 1
     nothing = data.judge(query(data, "0.jpg"), answer())
     assert (nothing["mAP"], nothing["N-S"], nothing["accepted"]) == (0, 0, 0)
+    assert nothing["calibration error"] == (0, 0, 1)
     assert list(data.about) == [
         *("mAP", "N-S", "recall@1", "recall@5", "recall@10", "precision@1", "precision@5", "precision@10"),
-        *("accepted", "wrong accepted", "false alarms", "seconds"),
+        *("accepted", "wrong accepted", "false alarms", "calibration error", "seconds"),
     ]  # fmt: skip
 
 
