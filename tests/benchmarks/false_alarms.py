@@ -9,7 +9,8 @@ pair of photos of one church. Queries with a match: UKBench, the multi-view scen
 its own photo. For UKBench only every third of these is asked, so that the three weigh more alike.
 
 Prints, for each bar, the share of queries without a match that are answered and the share of right first answers that
-pass; then the expected calibration error of the confidence of first answers, half of the weight on queries with a match.
+pass; then the expected calibration error of the confidence of first answers, queries with a match having half of the
+weight.
 """
 
 from __future__ import annotations
