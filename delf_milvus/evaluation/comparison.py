@@ -62,7 +62,7 @@ def compare(first: EvaluationReport, second: EvaluationReport) -> Comparison:
     """
     for what, mine, theirs, named in (
         ("protocols", first.kind, second.kind, (first.kind, second.kind)),
-        ("ground truths", first.data.digest, second.data.digest, (first.data.name, second.data.name)),
+        ("ground truths", first.data.digest, second.data.digest, (_asked(first), _asked(second))),
         ("collections of images", first.data.images, second.data.images, (_size(first), _size(second))),
     ):
         if mine != theirs:
@@ -82,6 +82,10 @@ def compare(first: EvaluationReport, second: EvaluationReport) -> Comparison:
         numbers = {field: rounded(value) for field, value in asdict(found).items()}
         figures.append(ComparedFigure(name, **numbers, better=first.about[name].better, queries=len(both)))
     return Comparison(first.kind, first.data.name, len(common), _changed(first, second), figures)
+
+
+def _asked(report: EvaluationReport) -> str:
+    return f"{report.data.name} with {report.data.queries} queries, {report.data.no_match} of them without a match"
 
 
 def _size(report: EvaluationReport) -> str:

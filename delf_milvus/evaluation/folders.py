@@ -115,8 +115,10 @@ def _about(config: FoldersConfig) -> dict[str, About]:
     about = {"mAP": About("average precision by trapezoids")}
     if config.group == _UKBENCH:
         about["N-S"] = About("right images among the first four, the query's own among them")
-    about |= {f"recall@{k}": About(f"a right image is among the first {k}") for k in KS}
-    about |= {f"precision@{k}": About(f"right share of the first {k}, or of as many as are right") for k in KS}
+    about["recall@1"] = About("the first image is right")
+    about |= {f"recall@{k}": About(f"a right image is among the first {k}") for k in KS[1:]}
+    about["precision@1"] = About("the first image is right")
+    about |= {f"precision@{k}": About(f"right share of the first {k}, or of as many as are right") for k in KS[1:]}
     about["accepted"] = ACCEPTED
     about["wrong accepted"] = About("a wrong image is accepted at the bar", better="lower")
     if config.no_match:

@@ -84,7 +84,7 @@ def test_a_better_run_is_told_over_the_common_queries() -> None:
     ("other", "words"),
     [
         ({"kind": "landmarks"}, "protocols"),
-        ({"data": Facts("photos", "cc", "bb", 40, 0, 40)}, "ground truths"),
+        ({"data": Facts("photos", "cc", "bb", 44, 4, 44)}, "ground truths .*with 40 .* with 44 queries, 4 of them"),
         ({"data": Facts("photos", "aa", "dd", 40, 0, 40)}, "collections of images"),
         ({"queries": range(50, 60)}, "no query in common"),
     ],
