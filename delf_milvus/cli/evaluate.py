@@ -75,8 +75,7 @@ def folders(
 
     if instances not in ("folder", "parent"):
         raise UsageError(f"--instances is folder or parent, not {instances!r}.")
-    if no_ingest and distractors:
-        raise UsageError("--distractors stores photos; with --no-ingest whatever else the collection has distracts.")
+    _check_distractors(distractors, no_ingest)
     data_set = folders_set(
         FoldersConfig(
             data,
@@ -112,8 +111,7 @@ def revisited(
     """
     from delf_milvus.evaluation.revisited import RevisitedConfig, revisited_set
 
-    if no_ingest and distractors:
-        raise UsageError("--distractors stores photos; with --no-ingest whatever else the collection has distracts.")
+    _check_distractors(distractors, no_ingest)
     data_set = revisited_set(RevisitedConfig(ground_truth, images, tuple(distractors or ())))
     _run(state_of(context), data_set, out, no_ingest, limit, preset, candidates)
 
@@ -201,6 +199,11 @@ def compare(
         data_json(comparison.to_dict())
     else:
         _tell_comparison(comparison)
+
+
+def _check_distractors(distractors: list[Path] | None, no_ingest: bool) -> None:
+    if no_ingest and distractors:
+        raise UsageError("--distractors stores photos; with --no-ingest whatever else the collection has distracts.")
 
 
 def _run(

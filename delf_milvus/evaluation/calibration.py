@@ -121,13 +121,12 @@ def calibrate(config: CalibrationConfig, settings: Settings, say: Say = print) -
     missing = max(0, config.size - min(len(half) for half in halves))
     filling = [shown(str(path), path) for path in others[:missing]]
     folders = {} if config.matches is None else _folders(config.matches)
-    matching = [shown(name, path) for name in sorted(folders) if name not in config.exclude for path in folders[name]]
+    places = [(name, path) for name in sorted(folders) if name not in config.exclude for path in folders[name]]
+    matching = [shown(name, path) for name, path in places]
     random = np.random.default_rng(config.seed)
     changed = [
         Shown(name, matcher.extractor.extract(another_view(matcher.decode(path), random), count))
-        for name in sorted(folders)
-        if name not in config.exclude
-        for path in folders[name]
+        for name, path in places
     ]
     say(f"{len(halves[0])} and {len(halves[1])} photos in two halves, {len(filling)} more, {len(matching)} that match")
     return fit(halves, filling, matching, changed, config, settings, say)

@@ -30,6 +30,9 @@ from delf_milvus.retrieval.evidence import INLIERS, NAMES, PUTATIVES
 
 Floats = npt.NDArray[np.float64]
 
+Chance = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Least, typical and largest chance level of a query, for inliers and for putatives."""
+
 TAIL = 0.1
 """Share of the calibration sample, the largest scores, that an exponential tail stands for."""
 
@@ -127,7 +130,7 @@ class Calibration:
     version: of the definition of evidence; a file of another version is refused.
     """
 
-    chance: tuple[tuple[float, float, float], tuple[float, float, float]]
+    chance: Chance
     answers: Scorer
     pairs: Scorer
     version: int = 2
@@ -174,14 +177,14 @@ class Calibration:
         return Calibration(((a, b, c), (d, e, f)), answers, pairs)
 
 
-def chance_levels(searches: Sequence[Floats]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def chance_levels(searches: Sequence[Floats]) -> Chance:
     """The `chance` of searches without a match, each the evidence of its candidates, (N, len(NAMES))."""
     levels = [np.quantile(one[:, [INLIERS, PUTATIVES]], CHANCE, axis=0) for one in searches if len(one) >= CROWD]
     least, typical, largest = np.quantile(levels or [np.zeros(2)], [0.05, 0.5, 0.95], axis=0).round(3).tolist()
     return (least[0], typical[0], largest[0]), (least[1], typical[1], largest[1])
 
 
-def with_levels(evidence: Floats, chance: tuple[tuple[float, float, float], tuple[float, float, float]]) -> Floats:
+def with_levels(evidence: Floats, chance: Chance) -> Floats:
     """The evidence of all candidates of a search, with the query's chance levels as two more columns."""
     least, typical, largest = np.array(chance).T
     level = typical
@@ -190,9 +193,7 @@ def with_levels(evidence: Floats, chance: tuple[tuple[float, float, float], tupl
     return np.hstack([evidence, np.broadcast_to(level, (len(evidence), 2))])
 
 
-def best_scores(
-    scorer: Scorer, searches: Sequence[Floats], chance: tuple[tuple[float, float, float], tuple[float, float, float]]
-) -> Floats:
+def best_scores(scorer: Scorer, searches: Sequence[Floats], chance: Chance) -> Floats:
     """The best score of each search among its candidates with inliers; where there are none, that of no evidence."""
     nothing = float(scorer.scores(with_levels(np.zeros((1, len(NAMES))), chance))[0])
     best = []

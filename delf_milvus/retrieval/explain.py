@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ def explain(
         rank=order.index(position) + 1 if position in order else None,
         verdict="",
     )
-    return Explanation(**{**vars(explanation), "verdict": _verdict(explanation, search)})
+    return replace(explanation, verdict=_verdict(explanation, search))
 
 
 def _alone(query: Features, key: int, image: Candidate, search: SearchSettings, verify: VerifySettings) -> Judgement:

@@ -279,11 +279,11 @@ class StoreReader(AttachedCollections):
         finally:
             pages.close()
 
-    def _count(self, name: str) -> int:
+    def _count(self, name: str, condition: str = "") -> int:
         if self._attach() is None:
             return 0
         rows = self._reading(
-            "counting", self._client.query, name, filter="", output_fields=["count(*)"], consistency_level=STRONG
+            "counting", self._client.query, name, filter=condition, output_fields=["count(*)"], consistency_level=STRONG
         )
         return int(rows[0]["count(*)"])
 

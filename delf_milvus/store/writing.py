@@ -211,15 +211,7 @@ class StoreWriter(StoreReader):
         first = [int(columns["feature_key"][0]) for columns in inserted]
         for start in range(0, len(first), _COUNTED):
             keys = first[start : start + _COUNTED]
-            found = self._reading(
-                "counting",
-                self._client.query,
-                self._features,
-                filter=f"feature_key in {keys}",
-                output_fields=["count(*)"],
-                consistency_level=STRONG,
-            )
-            if int(found[0]["count(*)"]) > len(keys):
+            if self._count(self._features, f"feature_key in {keys}") > len(keys):
                 return True
         return False
 
