@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from delf_milvus.retrieval.frame import FRAME
 from delf_milvus.retrieval.matching import Matches
-from delf_milvus.retrieval.verification import FRAME, Keypoints, Verification
+from delf_milvus.retrieval.verification import Keypoints, Verification
 
 Float64Array = npt.NDArray[np.float64]
 

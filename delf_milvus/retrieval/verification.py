@@ -1,18 +1,18 @@
 """Geometric proof: the one transform between two photos that most putative matches agree on.
 
 DELF keypoints carry a scale, so each match alone proposes a scale and a translation; where photos are rotated against
-each other, two matches propose a rotation as well, and their scales sort out most of the pairs that cannot be right.
-Every proposal is scored against every match with one matrix product; the best are refined by least squares, first as
-similarities, then as affine transforms, each time on the matches that the last fit explains (local optimisation).
-There is no random sampling, and nothing depends on other pairs: the same bytes on every run, in any order, on any
-number of threads.
+each other, two matches propose a rotation as well, and their scales sort out most of the pairs that cannot be right
+(`proposing`). Every proposal is scored against every match with one matrix product; the best are refined by least
+squares, first as similarities, then as affine transforms, each time on the matches that the last fit explains
+(`fitting`: local optimisation). There is no random sampling, and nothing depends on other pairs: the same bytes on
+every run, in any order, on any number of threads.
 
 Lengths are compared in pixels of a photo with a longest side of 640, `FRAME`, whatever the size of the real one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.features import Box
+from delf_milvus.retrieval.fitting import allowed, fit
+from delf_milvus.retrieval.frame import FRAME, MAX_SCALE, OUTSIDE, PLACE, Matched
 from delf_milvus.retrieval.matching import Matches, single_blas_thread
+from delf_milvus.retrieval.proposing import propose
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -29,69 +32,18 @@ ComplexArray = npt.NDArray[np.complex128]
 IntArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
 
-FRAME = 640.0
-"""Longest side, in pixels, of the frame in which lengths are compared."""
-
-PLACE = 8.0
-"""Keypoints closer than about this (pixels of the frame) are one place: windows of several pyramid scales around it."""
-
-SINGLES = 192
-"""Matches, the most similar ones, each of which proposes an upright transform."""
-
-PAIRED = 56
-"""Matches, the most similar ones, of which every two propose a rotated transform."""
-
-MIN_DISTANCE = 40.0
-"""Distance (pixels of the frame, in both photos) of two matches below which a rotation through them is all noise."""
-
-PAIR_SCALE = 1.6
-"""Factor between the scale that two matches propose and the one their own scales do: a bit above half an octave, the
-step of the pyramid."""
-
-REFINED = 8
-"""Proposals that are refined."""
-
-SIMILARITY_FITS = 1
-AFFINE_FITS = 2
-
-MAX_SCALE = 16.0
-"""Largest change of scale between the two frames, either way."""
-
-MAX_SHEAR = 0.6
-"""Largest |b| / |a| of an affine transform a q + b conj(q) + t: one direction is stretched 4 times as much as another,
-as on a surface seen at 75 degrees. Above 1 the transform would mirror."""
-
-PRIOR = 1000.0
-"""Strength (squared pixels of the frame) with which a similarity holds an affine transform that few matches define."""
-
-OUTSIDE = 4.0
-"""Photo sizes from the origin beyond which a point is an error rather than a keypoint at the border."""
-
-MIN_WIDTH = 4.0
-"""Standard deviation (pixels of the frame) across the inliers below which they lie on a line, or at a point."""
-
 GRID = 8
 """Cells a side into which the query photo is divided to see how far the inliers spread."""
 
 SCALE_AGREEMENT = 0.75
 """Octaves between a match's change of scale and the transform's: pyramids step by half an octave."""
 
+WIDTH = 64
+"""Pairs are computed together whose numbers of matches round up to the same multiple of this: the shape of the arrays,
+and with it the order of every sum, depends on the pair alone."""
 
-_PAIRS = np.stack(np.tril_indices(PAIRED, -1))  # the first n (n - 1) / 2 are all pairs of the first n
-
-
-class _Matched(NamedTuple):
-    """Matches in the frame, points as complex numbers around their mean: a similarity is a q + t, and any affine
-    transform a q + b conj(q) + t.
-
-    q, x: (M,) complex128, in query and image. ratio: (M,) change of scale.
-    weight: (M,), 1 / number of matches between the same two places.
-    """
-
-    q: ComplexArray
-    x: ComplexArray
-    ratio: Float64Array
-    weight: Float64Array
+TOGETHER = 16
+"""Pairs that are computed together at most: what they need stays in the cache."""
 
 
 class Keypoints(NamedTuple):
@@ -149,13 +101,19 @@ def verify(
     There are no inliers with fewer than three matches, or if those that agree lie at one point or on one line.
     Raises ValueError for shapes that differ, values that are not finite, scales or sizes that are not positive.
     """
-    with single_blas_thread():
-        return _verify(
-            Keypoints(query_points, query_scales, query_size),
-            Keypoints(image_points, image_scales, image_size),
-            residual,
-            min_inliers,
+    if len(query_points) != len(image_points):
+        raise ValueError(
+            f"a match has two ends, not {len(query_points)} in the query and {len(image_points)} in the image"
         )
+    every = np.arange(len(query_points))
+    found = verify_many(
+        Keypoints(query_points, query_scales, query_size),
+        [Keypoints(image_points, image_scales, image_size)],
+        [Matches(every, every, np.ones(len(every), np.float32))],
+        residual=residual,
+        min_inliers=min_inliers,
+    )
+    return found[0]
 
 
 def verify_many(
@@ -165,16 +123,18 @@ def verify_many(
 
     matches[i] belongs to images[i]; the arguments are as in `verify`, and so are the errors.
     """
+    if not residual > 0:
+        raise ValueError(f"the residual must be positive, not {residual}")
+    query_zoom = _checked_zoom(query)
+    found: list[Verification] = [_nothing(len(m.query)) for m in matches]
+    images = [_matched_part(image, m) for image, m in zip(images, matches, strict=True)]
+    zooms = [_checked_zoom(image) for image in images]
     with single_blas_thread():
-        return [
-            _verify(
-                Keypoints(query.points[rows], query.scales[rows], query.size),
-                Keypoints(image.points[columns], image.scales[columns], image.size),
-                residual,
-                min_inliers,
-            )
-            for image, (rows, columns, _) in zip(images, matches, strict=True)
-        ]
+        for rows in _alike([len(m.query) for m in matches]):
+            some = [(images[i], zooms[i], matches[i].query) for i in rows]
+            for i, verification in zip(rows, _verified(query, query_zoom, some, residual, min_inliers), strict=True):
+                found[i] = verification
+    return found
 
 
 def matched_box(
@@ -204,43 +164,80 @@ def matched_box(
     return float(low[0]), float(low[1]), float(high[0]), float(high[1])
 
 
-def _verify(query: Keypoints, image: Keypoints, residual: float, min_inliers: int) -> Verification:
-    query_zoom, image_zoom = _checked_zoom(query), _checked_zoom(image)
-    count = len(query.points)
-    if count != len(image.points):
-        raise ValueError(f"a match has two ends, not {count} in the query and {len(image.points)} in the image")
-    if not residual > 0:
-        raise ValueError(f"the residual must be positive, not {residual}")
-    if count < 3:
-        return _nothing(count)
+def _alike(counts: Sequence[int]) -> Iterator[list[int]]:
+    """Pairs to compute together, by number; without those whose matches are too few to prove anything."""
+    widths: dict[int, list[int]] = {}
+    for i, count in enumerate(counts):
+        if count >= 3:
+            widths.setdefault(-(-count // WIDTH), []).append(i)
+    for rows in widths.values():
+        for start in range(0, len(rows), TOGETHER):
+            yield rows[start : start + TOGETHER]
 
-    q, x = _complex(query.points) * query_zoom, _complex(image.points) * image_zoom
-    ratio = image.scales.astype(np.float64) / query.scales * (image_zoom / query_zoom)
-    ratio = np.clip(ratio, 1 / MAX_SCALE, MAX_SCALE)
+
+def _verified(
+    query: Keypoints,
+    query_zoom: float,
+    images: Sequence[tuple[Keypoints, float, IntArray]],
+    residual: float,
+    min_inliers: int,
+) -> list[Verification]:
+    """Verify pairs of one width. images: keypoints of the matches, zoom, and the matched features of the query."""
+    counts = np.array([len(rows) for _, _, rows in images])
+    pairs, width = len(images), int(-(-counts.max() // WIDTH) * WIDTH)
+    valid = np.arange(width) < counts[:, None]
+
+    def padded(parts: Sequence[npt.NDArray[np.generic]], fill: float) -> Float64Array:
+        array = np.full((pairs, width, *parts[0].shape[1:]), fill)
+        array[valid] = np.concatenate(parts)
+        return array
+
+    rows = np.concatenate([rows for _, _, rows in images])
+    image_zoom = np.array([zoom for _, zoom, _ in images])
+    points = padded([query.points[rows]], 0.0)
+    q = points.view(np.complex128)[..., 0] * query_zoom
+    x = padded([image.points for image, _, _ in images], 0.0).view(np.complex128)[..., 0] * image_zoom[:, None]
+    ratio = padded([image.scales for image, _, _ in images], 1.0) / padded([query.scales[rows]], 1.0)
+    ratio = np.clip(ratio * (image_zoom[:, None] / query_zoom), 1 / MAX_SCALE, MAX_SCALE)
     query_place, image_place = _place(q), _place(x)
-    _, pair, repeats = np.unique(query_place + 1j * image_place, return_inverse=True, return_counts=True)
-    q_mean, x_mean = q.mean(), x.mean()
-    matched = _Matched(q - q_mean, x - x_mean, ratio, 1 / repeats[pair])
+    q_middle = complex(*query.size) * (query_zoom / 2)
+    x_middle = np.array([complex(*image.size) for image, _, _ in images]) * (image_zoom / 2)
+    weight = 1 / _repeats(query_place << _PLACE_BITS | image_place, valid)
+    matched = Matched(q - q_middle, x - x_middle[:, None], ratio, np.where(valid, weight, 0.0), counts)
 
-    found = _refine(_propose(matched, residual), matched, residual, min_inliers)
-    if found is None:
-        return _nothing(count)
-    a, b, t = found
-    distance = np.abs(a * matched.q + b * matched.q.conj() + t - matched.x)
-    mask = distance**2 <= _allowed(a, b, residual)
+    transforms, proven = fit(propose(matched, residual), matched, residual, min_inliers)
+    a, b, t = transforms.T
+    distance = np.abs(a[:, None] * matched.q + b[:, None] * matched.q.conj() + t[:, None] - matched.x)
+    mask = (distance**2 <= allowed(a, b, residual)[:, None]) & valid & proven[:, None]
 
-    linear = np.array([[a.real + b.real, b.imag - a.imag], [a.imag + b.imag, a.real - b.real]])
-    shift = t + x_mean - a * q_mean - b * q_mean.conjugate()
-    cell = np.clip(query.points[mask] * (GRID / np.array(query.size)), 0, GRID - 1).astype(np.intp)
-    octaves = np.log2(ratio[mask]) - np.log2(abs(a) ** 2 - abs(b) ** 2) / 2
-    return Verification(
-        inliers=min(len(np.unique(query_place[mask])), len(np.unique(image_place[mask]))),
-        mask=mask,
-        transform=np.column_stack([linear * query_zoom, (shift.real, shift.imag)]) / image_zoom,
-        residuals=(distance / image_zoom).astype(np.float32),
-        cells=len(np.unique(cell[:, 0] * GRID + cell[:, 1])),
-        scale_agreement=float(np.mean(np.abs(octaves) <= SCALE_AGREEMENT)),
-    )
+    linear = np.array([[a.real + b.real, b.imag - a.imag], [a.imag + b.imag, a.real - b.real]]).transpose(2, 0, 1)
+    shift = t + x_middle - a * q_middle - b * q_middle.conjugate()
+    moved = np.concatenate([linear * query_zoom, np.stack([shift.real, shift.imag], axis=1)[:, :, None]], axis=2)
+    moved /= image_zoom[:, None, None]
+    inliers = np.minimum(_distinct(query_place, mask), _distinct(image_place, mask))
+    cell = np.clip(points * (GRID / np.array(query.size)), 0, GRID - 1).astype(np.int64)
+    cells = _distinct(cell[..., 0] * GRID + cell[..., 1], mask)
+    octaves = np.log2(ratio) - np.log2(np.abs(a) ** 2 - np.abs(b) ** 2)[:, None] / 2
+    agreeing = np.count_nonzero(mask & (np.abs(octaves) <= SCALE_AGREEMENT), axis=1)
+    agreement = agreeing / np.maximum(np.count_nonzero(mask, axis=1), 1)
+    distance /= image_zoom[:, None]
+    return [
+        Verification(
+            int(inliers[i]),
+            mask[i, :count],
+            moved[i],
+            distance[i, :count].astype(np.float32),
+            int(cells[i]),
+            float(agreement[i]),
+        )
+        if proven[i]
+        else _nothing(count)
+        for i, count in enumerate(counts.tolist())
+    ]
+
+
+def _matched_part(image: Keypoints, matches: Matches) -> Keypoints:
+    return Keypoints(image.points[matches.candidate], image.scales[matches.candidate], image.size)
 
 
 def _checked_zoom(keypoints: Keypoints) -> float:
@@ -263,116 +260,27 @@ def _nothing(count: int) -> Verification:
     return Verification(0, np.zeros(count, np.bool_), None, np.zeros(count, np.float32), 0, 0.0)
 
 
-def _allowed(a: npt.ArrayLike, b: npt.ArrayLike, residual: float) -> Float64Array:
-    """Most squared distance of an inlier in the image: less where the transform shrinks, in proportion to its zoom.
-
-    A transform that shrinks the query into a corner of the image brings everything there near to everything; but the
-    keypoints of a small thing are not known as much better as it is smaller.
-    """
-    zoom: Float64Array = np.sqrt(np.maximum(np.abs(a) ** 2 - np.abs(b) ** 2, 0))
-    return np.minimum(zoom, 1.0) * residual**2
+_PLACE_BITS = 20
 
 
-def _complex(points: Float32Array) -> ComplexArray:
-    return np.ascontiguousarray(points, np.float64).view(np.complex128)[:, 0]
-
-
-def _square(z: ComplexArray) -> Float64Array:
-    return z.real**2 + z.imag**2
-
-
-def _place(points: ComplexArray) -> Float64Array:
+def _place(points: ComplexArray) -> npt.NDArray[np.int64]:
     """One number for each place. Rounding, not flooring: cells of the pyramid lie at multiples of the place's size."""
-    return np.rint(points.real / PLACE) * 2**20 + np.rint(points.imag / PLACE)
+    half = 1 << (_PLACE_BITS // 2 - 1)
+    column, row = np.rint(points.real / PLACE).astype(np.int64), np.rint(points.imag / PLACE).astype(np.int64)
+    return (column + half) << (_PLACE_BITS // 2) | (row + half)
 
 
-def _propose(matched: _Matched, residual: float) -> ComplexArray:
-    """(B, 3), rows (a, b = 0, t): the similarities that are worth refining, best first."""
-    q, x, ratio, weight = matched
-    single = np.arange(min(len(q), SINGLES))
-    i, turn = _rotations(matched)
-    proposer = np.concatenate([single, i])
-    a = np.concatenate([ratio[single].astype(np.complex128), turn])
-    t = x[proposer] - a * q[proposer]
-
-    # |a q + t - x|^2 - residual^2 is linear in what depends on the match, so that one product gives the agreement of
-    # every proposal with every match: 1 for a perfect one, 0 at the residual.
-    ta, qx = t.conj() * a, q * x.conj()
-    of_match = [_square(q), np.ones(len(q)), _square(x), q.real, q.imag, qx.real, qx.imag, x.real, x.imag]
-    allowed = _allowed(a, np.zeros(len(a)), residual)
-    of_proposal = [_square(a), _square(t) - allowed, np.ones(len(a)), 2 * ta.real, -2 * ta.imag]
-    of_proposal += [-2 * a.real, 2 * a.imag, -2 * t.real, -2 * t.imag]
-    left = (np.array(of_proposal) / -allowed).astype(np.float32).T
-    agreement = left @ np.array(of_match, np.float32)
-    np.maximum(agreement, 0, out=agreement)
-    score = agreement @ weight.astype(np.float32)
-
-    chosen = []
-    for _ in range(REFINED):
-        best = int(score.argmax())
-        if score[best] < 0:
-            break
-        chosen.append(best)
-        score[best] = -1
-        score[agreement[best, proposer] > 0] = -1  # a match that it explains proposes much the same
-    return np.array([a[chosen], np.zeros(len(chosen)), t[chosen]]).T
+def _repeats(values: npt.NDArray[np.int64], valid: BoolArray) -> Float64Array:
+    """(N, W): how often a value occurs among the valid ones of its row; 1 elsewhere."""
+    repeats = np.ones(values.shape)
+    pair = np.nonzero(valid)[0]
+    _, inverse, counts = np.unique(pair << 2 * _PLACE_BITS | values[valid], return_inverse=True, return_counts=True)
+    repeats[valid] = counts[inverse]
+    return repeats
 
 
-def _rotations(matched: _Matched) -> tuple[IntArray, ComplexArray]:
-    """(P,) first match and (P,) factor a (rotation and scale) of the pairs of matches that may be right."""
-    q, x, ratio, _ = matched
-    paired = min(len(q), PAIRED)
-    i, j = _PAIRS[:, : paired * (paired - 1) // 2]
-    dq, dx = q[i] - q[j], x[i] - x[j]
-    query_length, image_length = _square(dq), _square(dx)
-    expected = ratio[i] * ratio[j] * query_length
-    possible = np.minimum(query_length, image_length) >= MIN_DISTANCE**2
-    possible &= (image_length <= expected * PAIR_SCALE**2) & (image_length * PAIR_SCALE**2 >= expected)
-    kept = np.flatnonzero(possible)
-    return i[kept], dx[kept] / dq[kept]
-
-
-def _refine(transforms: ComplexArray, matched: _Matched, residual: float, min_inliers: int) -> ComplexArray | None:
-    """The best of the transforms (B, 3), rows (a, b, t), and of what least squares makes of them, or None.
-
-    Best is the largest sum of 1 - (distance / residual)^2 over the inliers: like their number, but precise fits win.
-    """
-    q, x, _, weight = matched
-    design = np.stack([q, q.conj(), np.ones(len(q))])
-    monomials = np.stack([design[2], q, x, _square(q), q * q, x * q.conj(), x * q, _square(x), x * x], axis=1)
-    monomials = (weight[:, None] * monomials).view(np.float64)
-    best, best_score = transforms, np.zeros(len(transforms))
-    fits = SIMILARITY_FITS + AFFINE_FITS
-    for fit in range(fits + 1):
-        allowed = _allowed(transforms[:, 0], transforms[:, 1], residual)
-        agreement = 1 - _square(transforms @ design - x) / allowed[:, None]
-        moments = ((agreement >= 0).astype(np.float64) @ monomials).view(np.complex128).T
-        n = np.maximum(moments[0].real, 1e-9)
-        q1, x1, qq, q2, xq, qx, xx, x2 = moments[1:] / n
-        qq, q2 = qq.real - _square(q1), q2 - q1 * q1
-        xx, x2 = xx.real - _square(x1), x2 - x1 * x1
-        # Half of each difference is the smaller eigenvalue of the covariance: the variance across the inliers.
-        across = np.minimum(qq - np.abs(q2), xx - np.abs(x2)) / 2
-        score = np.where(across >= MIN_WIDTH**2, np.maximum(agreement, 0) @ weight, 0)
-        better = score > best_score
-        best, best_score = np.where(better[:, None], transforms, best), np.where(better, score, best_score)
-        if fit == fits:
-            break
-
-        # The least squares of a q + b conj(q) + t with a penalty on b alone; a similarity is its limit, b = 0.
-        xq, qx, scatter = xq - x1 * q1.conj(), qx - x1 * q1, np.maximum(qq, 1e-9)
-        a, b = xq / scatter, np.zeros(len(n), np.complex128)
-        if fit >= SIMILARITY_FITS:
-            held = scatter + PRIOR / n
-            determinant = scatter * held - _square(q2)
-            affine_a = (xq * held - qx * q2.conj()) / determinant
-            affine_b = (qx * scatter - xq * q2) / determinant
-            sane = (n >= min_inliers) & (np.abs(affine_b) <= MAX_SHEAR * np.abs(affine_a))
-            a, b = np.where(sane, affine_a, a), np.where(sane, affine_b, b)
-        zoom = np.abs(a)
-        possible = (zoom >= 1 / MAX_SCALE) & (zoom <= MAX_SCALE)
-        fitted = np.stack([a, b, x1 - a * q1 - b * q1.conj()], axis=1)
-        transforms = np.where(possible[:, None], fitted, transforms)
-
-    winner = int(best_score.argmax())
-    return best[winner] if best_score[winner] > 0 else None
+def _distinct(values: npt.NDArray[np.int64], mask: BoolArray) -> IntArray:
+    """(N,): number of different values where the mask is set, by row."""
+    pair = np.nonzero(mask)[0]
+    different = np.unique(pair << _PLACE_BITS | values[mask])
+    return np.bincount(different >> _PLACE_BITS, minlength=len(values))

@@ -41,9 +41,10 @@ from threadpoolctl import threadpool_limits
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.evaluation.metrics import average_precision, ns_score
 from delf_milvus.features import Features
+from delf_milvus.retrieval.frame import FRAME
 from delf_milvus.retrieval.matching import match_many
 from delf_milvus.retrieval.search import Timings, judge_candidates, keypoints
-from delf_milvus.retrieval.verification import FRAME, Keypoints, verify_many
+from delf_milvus.retrieval.verification import Keypoints, verify_many
 from delf_milvus.settings import Settings
 
 SETTINGS = Settings()

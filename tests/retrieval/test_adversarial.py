@@ -39,8 +39,9 @@ from scenes import Scene
 from threadpoolctl import threadpool_limits
 
 from delf_milvus.features import Features
+from delf_milvus.retrieval.frame import MAX_SCALE, PLACE
 from delf_milvus.retrieval.matching import Matches, match, match_many
-from delf_milvus.retrieval.verification import MAX_SCALE, PLACE, Keypoints, Verification, verify_many
+from delf_milvus.retrieval.verification import Keypoints, Verification, verify_many
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from scenes import project, random_truth, scene, transform_error
 from twins import slow_verify
 
+from delf_milvus.retrieval.frame import FRAME
 from delf_milvus.retrieval.matching import Matches
-from delf_milvus.retrieval.verification import FRAME, Keypoints, matched_box, verify, verify_many
+from delf_milvus.retrieval.verification import Keypoints, matched_box, verify, verify_many
 
 RESIDUAL = 25.0
 SIZE = (640, 480)
