@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from delf_milvus.index import DelfIndex
     from delf_milvus.ingestion.pipeline import IngestReport
     from delf_milvus.matcher import PairResult, PhotoMatcher
-    from delf_milvus.retrieval.search import Hit, SearchResult
+    from delf_milvus.retrieval.answers import Hit, SearchResult
     from delf_milvus.settings import Settings
     from delf_milvus.store.records import ImageRecord
 
@@ -38,12 +38,12 @@ _HOMES = {
     "DelfIndex": "index",
     "DelfMilvusError": "errors",
     "Features": "features",
-    "Hit": "retrieval.search",
+    "Hit": "retrieval.answers",
     "ImageRecord": "store.records",
     "IngestReport": "ingestion.pipeline",
     "PairResult": "matcher",
     "PhotoMatcher": "matcher",
-    "SearchResult": "retrieval.search",
+    "SearchResult": "retrieval.answers",
     "Settings": "settings",
 }
 

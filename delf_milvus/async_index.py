@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from delf_milvus.errors import DatabaseError, UsageError
 from delf_milvus.features import Box, Features
 from delf_milvus.imaging.decode import Source
-from delf_milvus.index import DelfIndex, Query, candidates_of
+from delf_milvus.index import DelfIndex, Query, candidates_of, named_of
 from delf_milvus.matcher import PairResult
-from delf_milvus.retrieval.search import Judgement, SearchResult, hits_of, judge, looked_twice, widened
+from delf_milvus.retrieval.answers import SearchResult, hits_of, late_hits, late_keys
+from delf_milvus.retrieval.search import Judgement, judge, looked_twice, widened
 from delf_milvus.retrieval.voting import Votes, vote
 from delf_milvus.settings import Settings
 from delf_milvus.store import connection
@@ -168,6 +169,13 @@ class AsyncDelfIndex:
             query_box=query.box,
             include_unverified=include_unverified,
         )
+        late = late_keys(judged, query.search, hits, include_unverified)
+        if len(late):
+            with query.timings.measure("geometry"):
+                calls = await self._in_thread(self._index.store.named_calls, late.tolist())
+                rows = await reads.get(calls)
+                named = named_of(self._index.store.named_answer(late.tolist(), rows))
+            hits += late_hits(judged, named, query.search, hits)
         return query.result(hits)
 
     async def _judged(self, reads: AsyncReads, query: Query, features: Features, filter: Filter) -> Judgement:

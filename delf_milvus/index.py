@@ -22,9 +22,10 @@ from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_
 from delf_milvus.ingestion.reindex import ReindexReport, reindex
 from delf_milvus.ingestion.scan import read_listing, scan
 from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
+from delf_milvus.retrieval.answers import Hit, Named, SearchResult, answer
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.explain import Explanation, explain
-from delf_milvus.retrieval.search import Candidate, Hit, SearchResult, Timings, answer
+from delf_milvus.retrieval.search import Candidate, Timings
 from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import Profile, SearchSettings, Settings
 from delf_milvus.store.connection import Connection
@@ -463,6 +464,11 @@ def candidates_of(stored: Mapping[int, tuple[ImageRecord, Features]]) -> dict[in
     }
 
 
+def named_of(records: Mapping[int, ImageRecord]) -> dict[int, Named]:
+    """The same for images that only have votes."""
+    return {key: Named(record.image_id, record.uri, record.metadata) for key, record in records.items()}
+
+
 class _StoreSource:
     """The store as the search sees it."""
 
@@ -477,6 +483,9 @@ class _StoreSource:
 
     def candidates(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Candidate]:
         return candidates_of(self._store.stored(image_keys))
+
+    def named(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Named]:
+        return named_of(self._store.named(image_keys))
 
 
 def _file_name(image_id: str) -> str:

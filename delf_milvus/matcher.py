@@ -16,10 +16,11 @@ from delf_milvus.features import Box, Features, Fingerprint
 from delf_milvus.imaging.decode import RgbImage, Source, decode
 from delf_milvus.imaging.draw import match_picture, save_picture
 from delf_milvus.model.spec import BUNDLED, fingerprint_of, resolve
+from delf_milvus.retrieval.answers import Correspondence, Transform, correspondence, region
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.matching import match
-from delf_milvus.retrieval.search import Correspondence, Transform, correspondence, keypoints, region
+from delf_milvus.retrieval.search import keypoints
 from delf_milvus.retrieval.verification import verify_many
 from delf_milvus.settings import Settings
 

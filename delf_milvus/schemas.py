@@ -21,7 +21,7 @@ from delf_milvus.errors import UsageError
 from delf_milvus.evaluation.comparison import Comparison
 from delf_milvus.evaluation.report import EvaluationReport
 from delf_milvus.ingestion.pipeline import IngestReport
-from delf_milvus.retrieval.search import Hit, SearchResult
+from delf_milvus.retrieval.answers import Hit, SearchResult
 from delf_milvus.settings import Settings
 from delf_milvus.store.feature_store import StoreStatus
 from delf_milvus.store.schema import CollectionSpec, features_spec, images_spec

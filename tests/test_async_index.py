@@ -107,6 +107,23 @@ def test_answers_and_errors_are_those_of_the_synchronous_index(
         assert (status["images"], status["collection"]) == (5, place.collection)
 
 
+def test_images_that_only_have_votes_are_those_of_the_synchronous_index(place: Settings) -> None:
+    few = place.model_copy(update={"search": place.search.model_copy(update={"candidates": 2})})
+
+    async def searched() -> Any:
+        async with await AsyncDelfIndex.open(settings=few) as index:
+            for seed in range(4):
+                await index.add(make_photo(seed), f"{seed}.png", {"seed": seed})
+            return await index.search(cropped(1), include_unverified=True)
+
+    found = run(searched)
+    with DelfIndex.open(settings=few, create=False) as index:
+        expected = index.search(cropped(1), include_unverified=True)
+    assert [hit.to_dict() for hit in found.hits] == [hit.to_dict() for hit in expected.hits]
+    assert sorted(hit.metadata["seed"] for hit in found.hits) == [0, 1, 2, 3]
+    assert [hit.putatives for hit in found.hits[2:]] == [0, 0]
+
+
 def test_a_second_look_is_that_of_the_synchronous_index(place: Settings) -> None:
     twice = place.model_copy(update={"search": place.search.model_copy(update={"expand": 2})})
 

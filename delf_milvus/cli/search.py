@@ -13,8 +13,8 @@ from delf_milvus.cli.state import Stages, state_of
 from delf_milvus.errors import UsageError, one_line
 
 if TYPE_CHECKING:
+    from delf_milvus.retrieval.answers import Hit, SearchResult
     from delf_milvus.retrieval.explain import Explanation
-    from delf_milvus.retrieval.search import Hit, SearchResult
 
 
 def _box(text: str | None) -> tuple[float, float, float, float] | None:
@@ -43,7 +43,7 @@ def search(
         int | None, typer.Option(help="Answers at most for each thing in a photo of several. Default: no limit")
     ] = None,
     include_unverified: Annotated[
-        bool, typer.Option("--include-unverified", help="Show candidates without proof too, after the others.")
+        bool, typer.Option("--include-unverified", help="Show images without proof too, after the others.")
     ] = False,
     mode: Annotated[
         str | None, typer.Option(help="full (match all descriptors) or hits (neighbours only). Default: full")

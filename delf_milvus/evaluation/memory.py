@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.features import ORDINAL_BITS, Features
+from delf_milvus.retrieval.answers import Named
 from delf_milvus.retrieval.search import Candidate
 
 LISTS_VISITED = 1 / 32
@@ -54,3 +55,7 @@ class MemoryCollection:
     def candidates(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Candidate]:
         """The images of these numbers."""
         return {i: Candidate(self.names[i], self.names[i], self.features[i]) for i in image_keys.tolist()}
+
+    def named(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Named]:
+        """The same without their features."""
+        return {i: Named(self.names[i], self.names[i]) for i in image_keys.tolist()}

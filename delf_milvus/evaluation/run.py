@@ -31,13 +31,16 @@ from delf_milvus.index import DelfIndex
 from delf_milvus.ingestion.pipeline import Progress
 from delf_milvus.ingestion.scan import Failure
 from delf_milvus.matcher import PhotoMatcher
-from delf_milvus.retrieval.search import SearchResult
+from delf_milvus.retrieval.answers import SearchResult
 from delf_milvus.settings import Settings
 
 Say = Callable[[str], None]
 
 Count = Callable[[int, int], None]
 """Called with what is done and what there is to do."""
+
+RANKED = 1000
+"""Answers that are judged: the most that a search gives. Those beyond its candidates are ranked by votes."""
 
 JOURNAL = "queries.jsonl"
 LISTING = "photos.jsonl"
@@ -85,7 +88,7 @@ def run(
     if config.ingest:
         failures += _ingest(index, data, config.out, say, ingesting)
     collection = _collection(index, data)
-    notes = [*data.notes, *_coverage(data, collection, index.settings)]
+    notes = [*data.notes, *_coverage(data, collection)]
     queries = chosen(data.queries, config.limit)
     if len(queries) < len(data.queries):
         notes.append(f"{len(queries)} of {len(data.queries)} queries were judged, evenly spread.")
@@ -202,7 +205,7 @@ def _collection(index: DelfIndex, data: DataSet) -> _Collection:
     )
 
 
-def _coverage(data: DataSet, collection: _Collection, settings: Settings) -> list[str]:
+def _coverage(data: DataSet, collection: _Collection) -> list[str]:
     """What the collection lacks, and what it has beside the data set."""
     notes = []
     missing = len(data.expected - collection.names.keys())
@@ -211,12 +214,10 @@ def _coverage(data: DataSet, collection: _Collection, settings: Settings) -> lis
     others = len(collection.names.keys() - data.expected - data.withheld)
     if others:
         notes.append(f"{others} further images of the collection match nothing, and only distract.")
-    most = settings.search.candidates
-    short = sum(len(query.truth.relevant) > most for query in data.queries)
+    short = sum(len(query.truth.relevant) > RANKED for query in data.queries)
     if short:
         notes.append(
-            f"{short} queries have more right images than the {most} candidates of a search, so they cannot all be "
-            "found; raise --candidates."
+            f"{short} queries have more right images than a search has answers, {RANKED}: they cannot all be found."
         )
     return notes
 
@@ -226,8 +227,7 @@ def _answer(index: DelfIndex, data: DataSet, query: Query, key: Mapping[str, Any
     digest = digest_of([key, query.name, query.box, size_of(query.path)])
     kept = journal.get(digest)
     if kept is None:
-        most = index.settings.search.candidates
-        result = index.search(query.path, top_k=most, box=query.box, include_unverified=True)
+        result = index.search(query.path, top_k=RANKED, box=query.box, include_unverified=True)
         kept = _line(query.name, result)
         journal.add(digest, kept)
     try:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from delf_milvus.features import Features
+from delf_milvus.retrieval.answers import Transform, verified_regions
 from delf_milvus.retrieval.confidence import Calibration
-from delf_milvus.retrieval.search import Candidate, Judgement, Timings, Transform, judge, verified_regions
+from delf_milvus.retrieval.search import Candidate, Judgement, Timings, judge
 from delf_milvus.retrieval.voting import Votes
 from delf_milvus.settings import SearchSettings, VerifySettings
 

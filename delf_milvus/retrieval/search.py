@@ -1,17 +1,16 @@
-"""The search of one query photo: vote, fetch, match, verify, rank, judge.
+"""The search of one query photo: vote, fetch, match, verify, rank.
 
 The database is behind two calls (`CandidateSource`), so that the same search runs over Milvus, over arrays in memory
-and over whatever a test needs. Who must wait for the database otherwise, calls the stages between: `vote`, `judge` and
-`hits_of`.
+and over whatever a test needs. Who must wait for the database otherwise, calls the stages between: `vote` and `judge`.
+`answers` makes of it what is shown.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,15 +20,11 @@ from delf_milvus.features import Box, Features
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.expansion import expanded
-from delf_milvus.retrieval.homography import refined
 from delf_milvus.retrieval.matching import Matches, match_many
 from delf_milvus.retrieval.ranking import combined_scores
-from delf_milvus.retrieval.regions import bounds, regions
-from delf_milvus.retrieval.verification import Keypoints, Verification, matched_box, verify_many
+from delf_milvus.retrieval.verification import Keypoints, Verification, verify_many
 from delf_milvus.retrieval.voting import Votes, vote
 from delf_milvus.settings import SearchSettings, VerifySettings
-
-Transform = list[list[float]]
 
 EXPANSION_FALSE_ALARM = 0.001
 """Bar of an answer whose features may join the query: a wrong one would bring more of its own kind."""
@@ -83,88 +78,12 @@ class Timings:
 
 
 @dataclass(frozen=True, eq=False)
-class Correspondence:
-    """The inliers of a verified match, for drawing and for geometry.
-
-    query_points, image_points: (N, 2) float32 pixels. residuals: (N,) float32 pixels of the image.
-    """
-
-    query_points: npt.NDArray[np.float32]
-    image_points: npt.NDArray[np.float32]
-    residuals: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Hit:
-    """One answer.
-
-    verified: the evidence passes the bar. inliers: matches that one affine transform explains, counted by place;
-    putatives: matches before geometry. confidence: probability that it shows the same thing, if half of all queries
-    have a match. false_alarm: share of queries without a match whose best answer has at least this evidence; the bar is
-    set on it. score: what orders the hits. transform: query pixels to image pixels,
-    [[a, b, tx], [c, d, ty]]. homography: a finer transform, 3 x 3, where one was asked for and fits better. box:
-    x0, y0, x1, y1 of the matched region in the image; query_box: of the inliers in the query. region: which of the
-    things that the query shows, counted from 1; 0 if not verified. metadata: what the image carries.
-    """
-
-    rank: int
-    image_id: str
-    uri: str
-    verified: bool
-    inliers: int
-    putatives: int
-    confidence: float
-    false_alarm: float
-    score: float
-    transform: Transform | None
-    homography: Transform | None
-    box: Box | None
-    query_box: Box | None
-    region: int
-    correspondence: Correspondence = field(repr=False)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields of `--json`."""
-        names = ("rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "false_alarm", "score")
-        return {name: getattr(self, name) for name in (*names, "transform", "homography", "region")} | {
-            "box": None if self.box is None else list(self.box),
-            "query_box": None if self.query_box is None else list(self.query_box),
-            "metadata": dict(self.metadata),
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class SearchResult:
-    """The answer to one query: the verified hits in falling score, or none.
-
-    query: what was searched for. model: fingerprint of the model, shortened. matched: whether any hit is verified.
-    query_features: how many features the query had.
-    """
-
-    query: str
-    model: str
-    matched: bool
-    hits: list[Hit]
-    timings: Timings
-    query_features: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields of `--json`."""
-        return {
-            "query": self.query,
-            "model": self.model,
-            "matched": self.matched,
-            "query_features": self.query_features,
-            "hits": [hit.to_dict() for hit in self.hits],
-            "timings": {name: round(seconds, 6) for name, seconds in asdict(self.timings).items()},
-        }
-
-
-@dataclass(frozen=True, eq=False)
 class Judgement:
-    """Every candidate of one search, in falling score; arrays of the same length N. evidence: (N, columns), as of
-    `evidence.evidence`."""
+    """Every candidate of one search, in falling score; arrays of the same length N.
+
+    evidence: (N, columns), as of `evidence.evidence`. rest, rest_scores: (R,) int64 keys and float64 scores of the
+    images that have votes, but too few to be a candidate, in falling score.
+    """
 
     candidates: list[Candidate]
     verifications: list[Verification]
@@ -172,6 +91,8 @@ class Judgement:
     inliers: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]
     evidence: npt.NDArray[np.float64]
+    rest: npt.NDArray[np.int64]
+    rest_scores: npt.NDArray[np.float64]
 
     def ordered(self, scores: npt.NDArray[np.float64]) -> Judgement:
         """The same candidates in falling order of these scores."""
@@ -183,10 +104,12 @@ class Judgement:
             self.inliers[order],
             scores[order],
             self.evidence[order],
+            self.rest,
+            self.rest_scores,
         )
 
     def joined(self, other: Judgement) -> Judgement:
-        """These candidates and then the others."""
+        """These candidates and then the others, without those that only have votes."""
         return Judgement(
             self.candidates + other.candidates,
             self.verifications + other.verifications,
@@ -194,6 +117,8 @@ class Judgement:
             np.concatenate([self.inliers, other.inliers]),
             np.concatenate([self.scores, other.scores]),
             np.concatenate([self.evidence, other.evidence]),
+            np.empty(0, np.int64),
+            np.empty(0),
         )
 
 
@@ -231,8 +156,11 @@ def judge(
             matches = [_existing(m, c) for m, c in zip(matches, candidates, strict=True)]
     with timings.measure("verify"):
         judged = _verified(query, candidates, matches, verify, votes.scores[rows])
-        scores = combined_scores(votes.scores[rows], judged.inliers, search.inlier_weight)
-        return judged.ordered(scores)
+        rest, later = votes.images[search.candidates :], votes.scores[search.candidates :]
+        inliers = np.concatenate([judged.inliers, np.zeros(len(rest), np.int64)])
+        scores = combined_scores(np.concatenate([judged.scores, later]), inliers, search.inlier_weight)
+        judged = replace(judged, rest=rest, rest_scores=scores[len(rows) :])
+        return judged.ordered(scores[: len(rows)])
 
 
 def _verified(
@@ -257,6 +185,8 @@ def _verified(
         np.array([v.inliers for v in verifications], np.int64),
         scores,
         evidence(keypoints(query), matches, verifications),
+        np.empty(0, np.int64),
+        np.empty(0),
     )
 
 
@@ -291,119 +221,14 @@ def looked_twice(
     score = {candidate.image_id: float(s) for candidate, s in zip(second.candidates, second.scores, strict=True)}
     after = [lowest - 1 - rank for rank in range(len(own.candidates))]
     scores = [score.get(candidate.image_id, late) for candidate, late in zip(own.candidates, after, strict=True)]
+    last = lowest - 1 - len(own.candidates)
+    own = replace(own, rest=second.rest, rest_scores=last - np.arange(len(second.rest), dtype=np.float64))
     return own.ordered(np.array(scores, np.float64))
-
-
-def answer(
-    query: Features,
-    source: CandidateSource,
-    search: SearchSettings,
-    verify: VerifySettings,
-    calibration: Calibration,
-    timings: Timings,
-    *,
-    query_box: Box,
-    include_unverified: bool = False,
-) -> list[Hit]:
-    """The hits of a query, verified ones first by score; with `include_unverified` the rest after them.
-
-    query_box: the part of the query photo that was searched for, x0, y0, x1, y1.
-    """
-    judged = judge_candidates(query, source, search, verify, timings)
-    wide = widened(query, judged, search, calibration, query_box)
-    if wide is not None:
-        second = judge_candidates(wide, source, search, verify, timings)
-        judged = looked_twice(query, judged, second, verify, timings)
-    return hits_of(
-        query, judged, search, verify, calibration, query_box=query_box, include_unverified=include_unverified
-    )
-
-
-def hits_of(
-    query: Features,
-    judged: Judgement,
-    search: SearchSettings,
-    verify: VerifySettings,
-    calibration: Calibration,
-    *,
-    query_box: Box,
-    include_unverified: bool = False,
-) -> list[Hit]:
-    """The hits among judged candidates; arguments and order as of `answer`."""
-    confidence, false_alarm = calibration.assess(judged.evidence)
-    verified = false_alarm <= verify.max_false_alarm
-    region_of = verified_regions(query, judged, verified, search.per_region)
-    order = list(region_of)
-    if include_unverified:
-        order += [i for i in range(len(verified)) if not verified[i]]
-    hits = []
-    for rank, i in enumerate(order[: search.top], 1):
-        candidate, verification, matches = judged.candidates[i], judged.verifications[i], judged.matches[i]
-        transform = verification.transform
-        inliers = correspondence(query, candidate.features, matches, verification)
-        homography = None
-        if verify.homography and verified[i]:
-            sides = keypoints(query), keypoints(candidate.features)
-            homography = refined(*sides, matches, verification, verify.residual)
-        hits.append(
-            Hit(
-                rank,
-                candidate.image_id,
-                candidate.uri,
-                bool(verified[i]),
-                verification.inliers,
-                len(matches.query),
-                float(confidence[i]),
-                float(false_alarm[i]),
-                float(judged.scores[i]),
-                None if transform is None else transform.tolist(),
-                None if homography is None else homography.tolist(),
-                region(query_box, candidate.features, verification, inliers),
-                bounds(inliers.query_points),
-                region_of.get(i, 0),
-                inliers,
-                candidate.metadata,
-            )
-        )
-    return hits
-
-
-def verified_regions(
-    query: Features, judged: Judgement, verified: npt.NDArray[np.bool_], per_region: int
-) -> dict[int, int]:
-    """The region of each verified candidate (see `regions`), by its row, best first; of each region the first
-    `per_region`, or all for 0."""
-    rows = np.flatnonzero(verified).tolist()
-    places = [query.locations[judged.matches[i].query[judged.verifications[i].mask]] for i in rows]
-    seen: Counter[int] = Counter()
-    kept = {}
-    for i, number in zip(rows, regions(places, (query.width, query.height)), strict=True):
-        seen[number] += 1
-        if not per_region or seen[number] <= per_region:
-            kept[i] = number
-    return kept
 
 
 def keypoints(features: Features) -> Keypoints:
     """What verification needs of a photo's features."""
     return Keypoints(features.locations, features.scales, (features.width, features.height))
-
-
-def correspondence(query: Features, image: Features, matches: Matches, verification: Verification) -> Correspondence:
-    """The inliers of a verified pair."""
-    mask = verification.mask
-    return Correspondence(
-        query.locations[matches.query[mask]],
-        image.locations[matches.candidate[mask]],
-        verification.residuals[mask],
-    )
-
-
-def region(query_box: Box, image: Features, verification: Verification, inliers: Correspondence) -> Box | None:
-    """The matched region of the image; None without a transform."""
-    if verification.transform is None:
-        return None
-    return matched_box(verification.transform, query_box, (image.width, image.height), inliers.image_points)
 
 
 def _existing(matches: Matches, candidate: Candidate) -> Matches:

@@ -169,6 +169,29 @@ class StoreReader(AttachedCollections):
             if facts is not None and key in rows
         }
 
+    def named(self, image_keys: Iterable[int]) -> dict[int, ImageRecord]:
+        """Records alone, otherwise as `stored`."""
+        wanted = [int(key) for key in image_keys]
+        calls = self.named_calls(wanted)
+        return self.named_answer(wanted, [self._reading("reading images", self._client.get, **call) for call in calls])
+
+    def named_calls(self, image_keys: Sequence[int]) -> list[dict[str, Any]]:
+        """Arguments of the client's `get`, call by call, whose results `named_answer` reads."""
+        facts = self._attach()
+        if facts is None:
+            return []
+        fields = records.record_fields(facts)
+        return _get_calls(self._images, "image_key", image_keys, fields, self._settings.consistency.capitalize())
+
+    def named_answer(self, image_keys: Sequence[int], results: Iterable[Sequence[Row]]) -> dict[int, ImageRecord]:
+        """What `named` returns, from the results of `named_calls`."""
+        rows, facts = _by_primary("image_key", results), self._facts
+        return {
+            key: records.record_of(rows[key], facts.tenant_field)
+            for key in image_keys
+            if facts is not None and key in rows
+        }
+
     def sample(self, count: int, seed: int = 0) -> dict[int, tuple[ImageRecord, Features]]:
         """At most `count` images, drawn at random, as `stored` gives them.
 

@@ -38,14 +38,18 @@ from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.evaluation.metrics import average_precision, ns_score
 from delf_milvus.features import Features, Fingerprint
 from delf_milvus.imaging.decode import decode
-from delf_milvus.index import candidates_of
+from delf_milvus.index import candidates_of, named_of
 from delf_milvus.model.extractor import Extractor
-from delf_milvus.retrieval.search import Candidate, CandidateSource, Timings, judge_candidates
+from delf_milvus.retrieval.answers import AnswerSource, Named
+from delf_milvus.retrieval.search import Candidate, Timings, judge_candidates
 from delf_milvus.settings import DecodeSettings, Profile, Settings, StoreSettings
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.records import ImageRecord
 
 SETS = ("ukbench", "landmarks", "multiview", "churches", "objects")
+DEEP = 1000
+"""Images without verification at most that a ranking goes on with: those that a search can show at most."""
+
 PLACES = Path(__file__).parents[2] / "delf_milvus/evaluation/judging_places.txt"
 
 
@@ -112,7 +116,7 @@ Figures = dict[str, dict[str, dict[str, float]]]
 
 
 class Stored:
-    """Photos in a collection of Milvus, under an index; a `CandidateSource`."""
+    """Photos in a collection of Milvus, under an index; a `AnswerSource`."""
 
     def __init__(self, store: FeatureStore) -> None:
         self.store = store
@@ -122,6 +126,9 @@ class Stored:
 
     def candidates(self, image_keys: np.ndarray) -> dict[int, Candidate]:
         return candidates_of(self.store.stored(image_keys.tolist()))
+
+    def named(self, image_keys: np.ndarray) -> dict[int, Named]:
+        return named_of(self.store.named(image_keys.tolist()))
 
 
 @contextmanager
@@ -150,7 +157,7 @@ def stored(photos: PhotoSet, model: Fingerprint, most: int, uri: str, profile: P
                 server.kill()
 
 
-def judge(photos: PhotoSet, collection: CandidateSource, settings: Settings, queries: list[str]) -> Figures:
+def judge(photos: PhotoSet, collection: AnswerSource, settings: Settings, queries: list[str]) -> Figures:
     """Figures of every query, by set."""
     instances = truth(photos.names)
     members: dict[str, set[str]] = {}
@@ -162,6 +169,7 @@ def judge(photos: PhotoSet, collection: CandidateSource, settings: Settings, que
         query = photos.features[numbers[name]].top(settings.extract.plan.query_features)
         found = judge_candidates(query, collection, settings.search, settings.verify, Timings())
         ranking = [candidate.image_id for candidate in found.candidates]
+        ranking += [image.image_id for image in collection.named(found.rest[:DEEP]).values()]
         same = members[instances[name]]
         group = figures.setdefault(name.split("/")[0], {})
         group.setdefault("mAP", {})[name] = average_precision(ranking, same - {name}, {name})
@@ -219,7 +227,7 @@ def main() -> None:
     if options.quick:
         queries = queries[::5]
 
-    def opened(photos: PhotoSet) -> AbstractContextManager[CandidateSource]:
+    def opened(photos: PhotoSet) -> AbstractContextManager[AnswerSource]:
         if options.neighbours == "milvus":
             most = extractor.plan.stored_features
             return stored(photos, extractor.fingerprint, most, options.uri, options.profile)

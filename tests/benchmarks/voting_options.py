@@ -9,7 +9,8 @@ precision on each set, and the difference to the package's own choice with the 9
 star where the interval leaves out zero. Neighbours are searched once, and each pair of photos is matched and verified
 once, so that an option costs seconds.
 
---parts votes: the images ranked by votes alone. combined: votes and inliers, as a search ranks them.
+--parts votes: the images ranked by votes alone. combined: votes and inliers for the candidates, as a
+search ranks them, and the rest by votes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from numpy.typing import NDArray
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.evaluation.metrics import average_precision
 from delf_milvus.features import ORDINAL_BITS
+from delf_milvus.matcher import PhotoMatcher
+from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.matching import match_many
 from delf_milvus.retrieval.ranking import combined_scores
 from delf_milvus.retrieval.search import keypoints
@@ -41,6 +44,7 @@ from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import Settings
 
 SETTINGS = Settings()
+CALIBRATION = PhotoMatcher(SETTINGS).calibration
 MOST = 240
 Floats = NDArray[np.float64]
 Keys = NDArray[np.int64]
@@ -116,6 +120,12 @@ COMBINED = [
     Option("square of inliers", inliers="square"),
     Option("similarities of the inliers added", inliers="similar"),
     Option("inliers squared over putatives", inliers="ratio"),
+    *(Option(f"inliers above chance, weight {w}", inliers="excess", inlier_weight=w) for w in (0.25, 0.5, 0.75, 1.0)),
+    *(Option(f"-log false alarm, weight {w}", inliers="alarm", inlier_weight=w) for w in (0.25, 0.5, 0.75, 1.0)),
+    *(Option(f"confidence, weight {w}", inliers="confidence", inlier_weight=w) for w in (0.25, 0.5, 0.75, 1.0)),
+    Option("K 240, weight^2", k=240, power=2.0),
+    Option("K 240, weight^1.5", k=240, power=1.5),
+    Option("idf of distinct images", idf=1.0),
 ]
 
 
@@ -153,10 +163,10 @@ class Pairs:
 
     def __init__(self, photos: PhotoSet) -> None:
         self.photos = photos
-        self.known: dict[tuple[int, int, int], tuple[int, int, float]] = {}
+        self.known: dict[tuple[int, int, int], Floats] = {}
 
     def __call__(self, query: int, features: int, images: list[int]) -> Floats:
-        """(N, 3): inliers, putatives and the sum of the inliers' similarities."""
+        """(N, 3 + columns of evidence): inliers, putatives, the sum of the inliers' similarities, and the evidence."""
         new = [i for i in images if (query, features, i) not in self.known]
         if new:
             mine = self.photos.features[query].top(features)
@@ -169,24 +179,33 @@ class Pairs:
                 residual=SETTINGS.verify.residual,
                 min_inliers=SETTINGS.verify.min_inliers,
             )
-            for i, m, v in zip(new, matches, found, strict=True):
-                self.known[query, features, i] = v.inliers, len(m.query), float(m.similarity[v.mask].sum())
-        return np.array([self.known[query, features, i] for i in images], np.float64)
+            columns = evidence(keypoints(mine), matches, found)
+            for i, m, v, row in zip(new, matches, found, columns, strict=True):
+                self.known[query, features, i] = np.array(
+                    [v.inliers, len(m.query), m.similarity[v.mask].sum(), *row], np.float64
+                )
+        return np.array([self.known[query, features, i] for i in images])
 
 
 def ranked(option: Option, query: int, images: Keys, scores: Floats, pairs: Pairs) -> list[int]:
     """The candidates in the order of the combined score."""
     some = images[: option.candidates]
-    inliers, putatives, similar = pairs(query, option.query_features, some.tolist()).T
+    proof = pairs(query, option.query_features, some.tolist())
+    inliers, putatives, similar = proof[:, :3].T
+    sure = CALIBRATION.assess(proof[:, 3:])
     term = {
         "count": inliers,
         "log": np.log1p(inliers),
         "square": inliers**2,
         "similar": similar,
         "ratio": inliers**2 / np.maximum(putatives, 1),
+        "excess": np.maximum(inliers - np.quantile(inliers, 0.75), 0),
+        "alarm": -np.log(sure.false_alarm),
+        "confidence": sure.confidence,
     }[option.inliers]
     total = combined_scores(scores[: option.candidates], term, option.inlier_weight, option.best)
-    return [int(i) for i in some[np.argsort(-total, kind="stable")]]
+    order = some[np.argsort(-total, kind="stable")]
+    return [int(i) for i in np.concatenate([order, images[option.candidates :]])]
 
 
 def instances_of(names: list[str]) -> dict[str, tuple[str, str]]:

@@ -12,8 +12,10 @@ from twins import exact_neighbours, slow_match, slow_verify, slow_vote
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.features import ORDINAL_BITS, Features
 from delf_milvus.matcher import PhotoMatcher
+from delf_milvus.retrieval.answers import answer
 from delf_milvus.retrieval.ranking import combined_scores
 from delf_milvus.retrieval.search import Timings, judge_candidates
+from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import Settings
 
 skimage_data = pytest.importorskip("skimage.data", reason="needs scikit-image (extra: demo)")
@@ -77,8 +79,6 @@ def test_fast_and_slow_search_agree_on_real_features(queries: list[Features], st
 
 
 def test_votes_equal_the_twins_on_real_features(queries: list[Features], stored: list[Features]) -> None:
-    from delf_milvus.retrieval.voting import vote
-
     collection = MemoryCollection(NAMES, stored)
     for query in queries:
         keys, similarities = collection.neighbours(query.descriptors, 60)
@@ -107,6 +107,45 @@ def test_hits_beyond_what_a_row_knows_are_left_out(queries: list[Features], stor
     judged = judge_candidates(queries[0], shorter, search, SETTINGS.verify, Timings())
     assert all((m.candidate < 50).all() for m in judged.matches)
     assert any(len(m.candidate) for m in judged.matches)
+
+
+def test_images_with_too_few_votes_to_be_verified_follow_the_candidates(
+    matcher: PhotoMatcher, queries: list[Features], stored: list[Features]
+) -> None:
+    search = SETTINGS.search.model_copy(update={"candidates": 3, "top": 6})
+    collection, box = MemoryCollection(NAMES, stored), (0.0, 0.0, 9999.0, 9999.0)
+    arguments = (queries[0], collection, search, SETTINGS.verify, matcher.calibration, Timings())
+    hits = answer(*arguments, query_box=box, include_unverified=True)
+    votes = vote(*collection.neighbours(queries[0].descriptors, search.neighbours))
+    ranking = [NAMES[image] for image in votes.images.tolist()]
+    assert {hit.image_id for hit in hits[:3]} == set(ranking[:3])
+    assert [hit.image_id for hit in hits[3:]] == ranking[3:6]
+    assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5, 6]
+    assert (np.diff([hit.score for hit in hits[1:]]) <= 0).all()
+    for hit in hits[3:]:
+        assert (hit.verified, hit.inliers, hit.confidence, hit.false_alarm) == (False, 0, 0.0, 1.0)
+        assert hit.transform is None
+        assert hit.box is None
+    assert [hit.image_id for hit in answer(*arguments, query_box=box)] == ["astronaut"]
+
+
+def test_a_second_look_lists_no_image_twice(
+    matcher: PhotoMatcher, queries: list[Features], stored: list[Features]
+) -> None:
+    search = SETTINGS.search.model_copy(update={"candidates": 3, "top": 20, "expand": 2})
+    hits = answer(
+        queries[0],
+        MemoryCollection(NAMES, stored),
+        search,
+        SETTINGS.verify,
+        matcher.calibration,
+        Timings(),
+        query_box=(0.0, 0.0, 9999.0, 9999.0),
+        include_unverified=True,
+    )
+    names = [hit.image_id for hit in hits]
+    assert len(names) == len(set(names)) == len(NAMES)
+    assert names[0] == "astronaut"
 
 
 def test_an_empty_collection_has_no_candidates(queries: list[Features]) -> None:
