@@ -25,7 +25,7 @@ from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
 from delf_milvus.retrieval.answers import Hit, Named, SearchResult, answer
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.explain import Explanation, explain
-from delf_milvus.retrieval.search import Candidate, Timings
+from delf_milvus.retrieval.search import Candidate, Judgement, Timings, judge_candidates
 from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import Profile, SearchSettings, Settings
 from delf_milvus.store.connection import Connection
@@ -259,6 +259,14 @@ class DelfIndex:
             box=clipped_box(box, features.width, features.height),
             timings=timings,
         )
+
+    def judge(self, features: Features, *, filter: Filter = "") -> Judgement:
+        """Candidates of a query that was extracted already, with all their evidence, before any bar is applied.
+
+        Raises UsageError for a filter that does not fit the collection, CollectionError, DatabaseError.
+        """
+        source = _StoreSource(self._store, filter)
+        return judge_candidates(features, source, self.settings.search, self.settings.verify, Timings())
 
     def explain(self, image: Source, image_id: str, *, box: Box | None = None, filter: Filter = "") -> Explanation:
         """What each stage of `search` thinks of one stored image; arguments and errors as there.

@@ -85,11 +85,14 @@ class PhotoMatcher:
 
     @property
     def calibration(self) -> Calibration:
-        """The calibration beside the weight file, or the bundled model's for a model that has none.
+        """That of the settings, or the one beside the weight file, or the bundled model's for a model that has none.
 
         Raises ModelError when it cannot be read.
         """
         if self._calibration is None:
+            if own := self.settings.verify.calibration:
+                self._calibration = Calibration.read(Path(own))
+                return self._calibration
             path = resolve(self.settings.model)
             beside, bundled = (model.with_suffix(CALIBRATION_SUFFIX) for model in (path, BUNDLED))
             if not beside.is_file():

@@ -229,6 +229,7 @@ class VerifySettings(_Stage):
     max_false_alarm: float = Field(
         0.01, gt=0, lt=1, description="Share of queries without a match that may be answered with one."
     )
+    calibration: str = Field("", description="File that `calibrate` wrote; empty: the model's own calibration.")
 
 
 class Settings(BaseSettings):

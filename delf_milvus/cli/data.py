@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, show_progress
+from delf_milvus.cli.output import counting, data_json, data_line, show_progress
 from delf_milvus.cli.state import state_of
 from delf_milvus.errors import one_line
 
@@ -26,7 +24,7 @@ def export(
     Example: delf-milvus --uri photos.db export backup/
     """
     state = state_of(context)
-    with state.open(any_model=True) as index, _bar("export", show_progress(state.quiet)) as progress:
+    with state.open(any_model=True) as index, counting("export", show_progress(state.quiet)) as progress:
         report = index.export(folder, prefix=prefix, progress=progress)
     if state.json:
         data_json(report.to_dict())
@@ -47,7 +45,7 @@ def import_(
     Example: delf-milvus --uri http://localhost:19530 import backup/
     """
     state = state_of(context)
-    with state.open(create=True, any_model=True) as index, _bar("import", show_progress(state.quiet)) as progress:
+    with state.open(create=True, any_model=True) as index, counting("import", show_progress(state.quiet)) as progress:
         report = index.import_(folder, prefix=prefix, progress=progress)
     if state.json:
         data_json(report.to_dict())
@@ -56,24 +54,3 @@ def import_(
             f"{report.added} added, {report.replaced} replaced, {report.unchanged} unchanged; "
             f"{report.features} features in {report.seconds:.1f} s"
         )
-
-
-@contextmanager
-def _bar(title: str, visible: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr, counting images."""
-    if not visible:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

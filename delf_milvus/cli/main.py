@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from delf_milvus.cli import config, data, evaluate, index, ingest, manage, operate, reindex, search, train
+from delf_milvus.cli import calibrate, config, data, evaluate, index, ingest, manage, operate, reindex, search, train
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
@@ -32,6 +32,7 @@ app.command("ingest")(ingest.ingest)
 app.command("reindex")(reindex.reindex)
 app.command("search")(search.search)
 app.command("match")(search.match)
+app.command("calibrate")(calibrate.calibrate)
 for command in (manage.status, manage.list_images, manage.show, manage.delete):
     app.command(command.__name__.removesuffix("_images"))(command)
 app.add_typer(index.app, name="index")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -63,3 +64,24 @@ def _is_number(cell: str) -> bool:
 def show_progress(quiet: bool) -> bool:
     """Whether a moving progress bar helps: someone watches a terminal."""
     return not quiet and sys.stderr.isatty()
+
+
+@contextmanager
+def counting(title: str, visible: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr, which counts what is done of what there is; None where nobody would see it."""
+    if not visible:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

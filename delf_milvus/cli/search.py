@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from delf_milvus.retrieval.explain import Explanation
 
 
+MaxFalseAlarm = Annotated[
+    float | None,
+    typer.Option(help="Bar of an answer: share of queries without a match that may get one. Default: 0.01"),
+]
+
+
 def _box(text: str | None) -> tuple[float, float, float, float] | None:
     if text is None:
         return None
@@ -45,6 +51,7 @@ def search(
     include_unverified: Annotated[
         bool, typer.Option("--include-unverified", help="Show images without proof too, after the others.")
     ] = False,
+    max_false_alarm: MaxFalseAlarm = None,
     mode: Annotated[
         str | None, typer.Option(help="full (match all descriptors) or hits (neighbours only). Default: full")
     ] = None,
@@ -67,6 +74,7 @@ def search(
             **{"per_region": per_region, "expand": expand},
         },
         "extract": {"preset": preset},
+        "verify": {"max_false_alarm": max_false_alarm},
     }
     with state.open(stages) as index:
         if explain is not None:
@@ -128,6 +136,7 @@ def match(
     first: Annotated[Path, typer.Argument(metavar="A", help="The query photo.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="The photo it is compared with.")],
     out: Annotated[Path | None, typer.Option(help="Write a picture with the match lines.")] = None,
+    max_false_alarm: MaxFalseAlarm = None,
     preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
 ) -> None:
     """Compare two photos without a database; exit code 1 when nothing proves that they show the same thing.
@@ -137,7 +146,8 @@ def match(
     from delf_milvus.matcher import PhotoMatcher
 
     state = state_of(context)
-    matcher = PhotoMatcher(state.load({"extract": {"preset": preset}}).settings)
+    stages: Stages = {"extract": {"preset": preset}, "verify": {"max_false_alarm": max_false_alarm}}
+    matcher = PhotoMatcher(state.load(stages).settings)
     pair = matcher.match(first, second)
     if out is not None:
         matcher.draw(first, second, pair, out)

@@ -191,9 +191,9 @@ def fit(
                 sample.found.append((judged.evidence[kept], right[kept]))
                 same = [i for i, other in enumerate(stored) if other.thing == one.thing and i != own]
                 some = [same[i] for i in random.permutation(len(same))[: config.pairs]]
-                sample.related.append(_pairs(query, [stored[i].features for i in some], settings))
+                sample.related.append(pair_evidence(query, [stored[i].features for i in some], settings))
             others = [i for i in random.integers(0, len(crowd), config.pairs) if crowd[i].thing != one.thing]
-            sample.unrelated.append(_pairs(query, [stored[i].features for i in others], settings))
+            sample.unrelated.append(pair_evidence(query, [stored[i].features for i in others], settings))
             if number % 200 == 0:
                 say(f"{number} of {len(asking)} queries")
     try:
@@ -229,8 +229,8 @@ def _most(columns: Floats, count: int) -> Floats:
     return columns[np.argsort(-columns[:, INLIERS], kind="stable")[:count]]
 
 
-def _pairs(query: Features, images: list[Features], settings: Settings) -> Floats:
-    """The evidence of single pairs."""
+def pair_evidence(query: Features, images: Sequence[Features], settings: Settings) -> Floats:
+    """The evidence of a query with each image, compared on their own: (N, columns)."""
     verify = settings.verify
     matches = [match(query.descriptors, image.descriptors, verify.similarity) for image in images]
     found = verify_many(

@@ -1,0 +1,166 @@
+"""What a second look is worth: query expansion, agreement of the first answers, and fusion with a global vector.
+
+    python tests/benchmarks/judge.py --data ../shared/data          # once: extracts, and keeps features in runs/judge
+    python tests/benchmarks/global_descriptor.py --data ../shared/data      # once: the same for global vectors
+    python tests/benchmarks/second_looks.py --cache runs/judge --fingerprint 525136ab99de --every 2
+
+Queries, sets and columns are those of voting_options.py; the base is the package's search. Expansion is the package's
+(`search.expand`). Agreement: each of the surest answers is matched and verified with all candidates, and the inliers
+join the score as those of the query do. Fusion: similarity to a global vector joins the score, as a third term divided
+by its mean over the best five; "pooled" is the mean of the stored descriptors weighted by attention, "GeM" that of
+global_descriptor.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+from global_descriptor import centred
+from judge import SETS, PhotoSet, read_features
+from numpy.typing import NDArray
+from voting_options import CALIBRATION, SETTINGS, difference, instances_of, queries_of
+
+from delf_milvus.evaluation.memory import MemoryCollection
+from delf_milvus.evaluation.metrics import average_precision
+from delf_milvus.features import Features
+from delf_milvus.retrieval.matching import match_many
+from delf_milvus.retrieval.ranking import combined_scores
+from delf_milvus.retrieval.search import (
+    EXPANSION_FALSE_ALARM,
+    Judgement,
+    Timings,
+    judge_candidates,
+    keypoints,
+    looked_twice,
+    widened,
+)
+from delf_milvus.retrieval.verification import verify_many
+
+Floats = NDArray[np.float64]
+
+
+def pooled(features: Features) -> NDArray[np.float32]:
+    total = features.attention @ features.descriptors
+    return np.asarray(total / max(float(np.linalg.norm(total)), 1e-12), np.float32)
+
+
+def agreement(judged: Judgement, most: int) -> Floats:
+    """Mean, over the surest answers, of the inliers between them and each candidate, each divided by its level."""
+    sure = np.flatnonzero(CALIBRATION.assess(judged.evidence).false_alarm <= EXPANSION_FALSE_ALARM)[:most]
+    features = [candidate.features for candidate in judged.candidates]
+    total = np.zeros(len(features))
+    for i in sure.tolist():
+        matches = match_many(features[i].descriptors, [f.descriptors for f in features], SETTINGS.verify.similarity)
+        found = verify_many(
+            keypoints(features[i]),
+            [keypoints(f) for f in features],
+            matches,
+            residual=SETTINGS.verify.residual,
+            min_inliers=SETTINGS.verify.min_inliers,
+        )
+        inliers = np.array([v.inliers for v in found], np.float64)
+        inliers[i] = np.sort(inliers)[-2] if len(inliers) > 1 else 0  # with itself it agrees whatever it shows
+        total += combined_scores(np.zeros(len(inliers)), inliers, 1.0)
+    return total / max(len(sure), 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path("runs/judge"))
+    parser.add_argument("--fingerprint", required=True)
+    parser.add_argument("--stored", type=int, default=500)
+    parser.add_argument("--every", type=int, default=1, help="only every so many queries")
+    options = parser.parse_args()
+    sets = [read_features(options.cache / f"{options.fingerprint}-{options.stored}-{name}.npz") for name in SETS]
+    photos = PhotoSet([n for s in sets for n in s.names], [f for s in sets for f in s.features])
+    gems: dict[str, NDArray[np.float32]] = {}
+    for group in SETS:
+        with np.load(options.cache / f"{options.fingerprint}-gem-{group}.npz") as archive:
+            gems.update(zip(map(str, archive["names"]), archive["vectors"], strict=True))
+    vectors = {
+        "GeM": centred(np.array([gems[name] for name in photos.names])),
+        "pooled": centred(np.array([pooled(f) for f in photos.features])),
+    }
+    number = {name: i for i, name in enumerate(photos.names)}
+    instances = instances_of(photos.names)
+    names = queries_of(instances)[:: options.every]
+    groups = np.array([instances[name][0] for name in names])
+    same: dict[str, set[str]] = {}
+    for name, (_, instance) in instances.items():
+        same.setdefault(instance, set()).add(name)
+    collection = MemoryCollection(photos.names, photos.features)
+    precision: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
+
+    for name in names:
+        query = photos.features[number[name]].top(SETTINGS.extract.plan.query_features)
+        relevant = same[instances[name][1]] - {name}
+
+        def note(option: str, judged: Judgement, name: str = name, relevant: set[str] = relevant) -> None:
+            ranking = [candidate.image_id for candidate in judged.candidates]
+            ranking += [image for i in judged.rest.tolist() if (image := photos.names[i]) not in set(ranking)]
+            precision.setdefault(option, []).append(average_precision(ranking, relevant, {name}))
+
+        first = judge_candidates(query, collection, SETTINGS.search, SETTINGS.verify, Timings())
+        # The query itself is in the collection, and is its own surest answer: without it.
+        kept = np.array([i for i, c in enumerate(first.candidates) if c.image_id != name], np.intp)
+        judged = Judgement(
+            [first.candidates[i] for i in kept],
+            [first.verifications[i] for i in kept],
+            [first.matches[i] for i in kept],
+            first.inliers[kept],
+            first.scores[kept],
+            first.evidence[kept],
+            first.rest,
+            first.rest_scores,
+        )
+        note("the package's", judged)
+        box = (0.0, 0.0, float(query.width), float(query.height))
+        for most in (1, 3, 10):
+            started = time.perf_counter()
+            search = SETTINGS.search.model_copy(update={"expand": most})
+            wide = widened(query, judged, search, CALIBRATION, box)
+            second = judged
+            if wide is not None:
+                looked = judge_candidates(wide, collection, search, SETTINGS.verify, Timings())
+                second = looked_twice(query, judged, looked, SETTINGS.verify, Timings())
+            option = f"expansion by {most}"
+            seconds[option] = seconds.get(option, 0.0) + time.perf_counter() - started
+            note(option, second)
+        for most in (1, 3):
+            started = time.perf_counter()
+            term = agreement(judged, most)
+            option = f"agreement with {most}"
+            seconds[option] = seconds.get(option, 0.0) + time.perf_counter() - started
+            for weight in (0.4, 0.8):
+                note(f"agreement with {most}, weight {weight}", judged.ordered(judged.scores + weight * term))
+        among = [number[candidate.image_id] for candidate in judged.candidates]
+        for kind, each in vectors.items():
+            similarity = np.maximum(each[among] @ each[number[name]], 0)
+            for weight in (0.25, 0.5, 1.0):
+                term = combined_scores(np.zeros(len(among)), similarity, weight)
+                note(f"fusion with {kind}, weight {weight}", judged.ordered(judged.scores + term))
+
+    print(f"mAP, difference to the package's, 95 % interval; {len(names)} queries")
+    base = np.array(precision["the package's"])
+    for option, values in precision.items():
+        mine = np.array(values)
+        columns = [
+            f"{group}: {difference(mine[groups == group], base[groups == group])}" for group in np.unique(groups)
+        ]
+        print(f"{option:<28} " + "  ".join(columns))
+    for option, total in seconds.items():
+        print(f"{option}: {total / len(names):.2f} s a query")
+
+
+if __name__ == "__main__":
+    main()
