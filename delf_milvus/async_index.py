@@ -26,7 +26,8 @@ from delf_milvus.imaging.decode import Source
 from delf_milvus.index import DelfIndex, Query, candidates_of, named_of
 from delf_milvus.matcher import PairResult
 from delf_milvus.retrieval.answers import SearchResult, hits_of, late_hits, late_keys
-from delf_milvus.retrieval.search import Judgement, judge, looked_twice, widened
+from delf_milvus.retrieval.search import Judgement, judge
+from delf_milvus.retrieval.second_look import agreed, looked_twice, widened
 from delf_milvus.retrieval.voting import Votes, vote
 from delf_milvus.settings import Settings
 from delf_milvus.store import connection
@@ -159,6 +160,7 @@ class AsyncDelfIndex:
         if wide is not None:
             second = await self._judged(reads, query, wide, filter)
             judged = await self._in_thread(looked_twice, query.features, judged, second, verify, query.timings)
+        judged = await self._in_thread(agreed, judged, query.search, verify, calibration, query.timings)
         hits = await self._in_thread(
             hits_of,
             query.features,

@@ -21,9 +21,8 @@ from delf_milvus.retrieval.search import (
     Timings,
     judge_candidates,
     keypoints,
-    looked_twice,
-    widened,
 )
+from delf_milvus.retrieval.second_look import agreed, looked_twice, widened
 from delf_milvus.retrieval.verification import Verification, matched_box
 from delf_milvus.settings import SearchSettings, VerifySettings
 
@@ -146,6 +145,7 @@ def answer(
     if wide is not None:
         second = judge_candidates(wide, source, search, verify, timings)
         judged = looked_twice(query, judged, second, verify, timings)
+    judged = agreed(judged, search, verify, calibration, timings)
     hits = hits_of(
         query, judged, search, verify, calibration, query_box=query_box, include_unverified=include_unverified
     )

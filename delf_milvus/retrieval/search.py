@@ -16,18 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from delf_milvus.features import Box, Features
-from delf_milvus.retrieval.confidence import Calibration
+from delf_milvus.features import Features
 from delf_milvus.retrieval.evidence import evidence
-from delf_milvus.retrieval.expansion import expanded
 from delf_milvus.retrieval.matching import Matches, match_many
-from delf_milvus.retrieval.ranking import combined_scores
+from delf_milvus.retrieval.ranking import combined_scores, global_similarities, relative
 from delf_milvus.retrieval.verification import Keypoints, Verification, verify_many
 from delf_milvus.retrieval.voting import Votes, vote
 from delf_milvus.settings import SearchSettings, VerifySettings
-
-EXPANSION_FALSE_ALARM = 0.001
-"""Bar of an answer whose features may join the query: a wrong one would bring more of its own kind."""
 
 
 @dataclass(frozen=True)
@@ -155,15 +150,18 @@ def judge(
             matches = [votes.hits(row, verify.similarity) for row in rows]
             matches = [_existing(m, c) for m, c in zip(matches, candidates, strict=True)]
     with timings.measure("verify"):
-        judged = _verified(query, candidates, matches, verify, votes.scores[rows])
+        judged = verified_candidates(query, candidates, matches, verify, votes.scores[rows])
         rest, later = votes.images[search.candidates :], votes.scores[search.candidates :]
         inliers = np.concatenate([judged.inliers, np.zeros(len(rest), np.int64)])
         scores = combined_scores(np.concatenate([judged.scores, later]), inliers, search.inlier_weight)
+        if search.global_weight:
+            similar = global_similarities(query, [candidate.features for candidate in candidates])
+            scores[: len(rows)] += search.global_weight * relative(similar)
         judged = replace(judged, rest=rest, rest_scores=scores[len(rows) :])
         return judged.ordered(scores[: len(rows)])
 
 
-def _verified(
+def verified_candidates(
     query: Features,
     candidates: Sequence[Candidate],
     matches: Sequence[Matches],
@@ -188,42 +186,6 @@ def _verified(
         np.empty(0, np.int64),
         np.empty(0),
     )
-
-
-def widened(
-    query: Features, judged: Judgement, search: SearchSettings, calibration: Calibration, query_box: Box
-) -> Features | None:
-    """The query for a second look, with features of its surest answers; None where none is asked for or none is sure
-    enough."""
-    if not search.expand:
-        return None
-    sure = np.flatnonzero(calibration.assess(judged.evidence).false_alarm <= EXPANSION_FALSE_ALARM)[: search.expand]
-    found = [(judged.candidates[i].features, judged.matches[i], judged.verifications[i]) for i in sure]
-    return expanded(query, found, query_box) if found else None
-
-
-def looked_twice(
-    query: Features, first: Judgement, second: Judgement, verify: VerifySettings, timings: Timings
-) -> Judgement:
-    """What both looks found. second: the judgement of the widened query.
-
-    The second look orders its candidates; proof and evidence are those of the query itself. Candidates of the first
-    look that the second lacks come after them, in their order.
-    """
-    known = {candidate.image_id: i for i, candidate in enumerate(first.candidates)}
-    new = [i for i, candidate in enumerate(second.candidates) if candidate.image_id not in known]
-    candidates = [second.candidates[i] for i in new]
-    with timings.measure("match"):
-        matches = match_many(query.descriptors, [c.features.descriptors for c in candidates], verify.similarity)
-    with timings.measure("verify"):
-        own = first.joined(_verified(query, candidates, matches, verify, np.zeros(len(new))))
-    lowest = float(second.scores.min(initial=0.0))
-    score = {candidate.image_id: float(s) for candidate, s in zip(second.candidates, second.scores, strict=True)}
-    after = [lowest - 1 - rank for rank in range(len(own.candidates))]
-    scores = [score.get(candidate.image_id, late) for candidate, late in zip(own.candidates, after, strict=True)]
-    last = lowest - 1 - len(own.candidates)
-    own = replace(own, rest=second.rest, rest_scores=last - np.arange(len(second.rest), dtype=np.float64))
-    return own.ordered(np.array(scores, np.float64))
 
 
 def keypoints(features: Features) -> Keypoints:

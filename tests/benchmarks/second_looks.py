@@ -5,9 +5,8 @@
     python tests/benchmarks/second_looks.py --cache runs/judge --fingerprint 525136ab99de --every 2
 
 Queries, sets and columns are those of voting_options.py; the base is the package's search. Expansion is the package's
-(`search.expand`). Agreement: each of the surest answers is matched and verified with all candidates, and the inliers
-join the score as those of the query do. Fusion: similarity to a global vector joins the score, as a third term divided
-by its mean over the best five; "pooled" is the mean of the stored descriptors weighted by attention, "GeM" that of
+(`search.expand`), and so is agreement (`search.agreement`). Fusion: similarity to a global vector joins the score, as a
+third term divided by its mean over the best five; "pooled" is the package's (`search.global_weight`), "GeM" that of
 global_descriptor.py.
 """
 
@@ -31,46 +30,15 @@ from voting_options import CALIBRATION, SETTINGS, difference, instances_of, quer
 
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.evaluation.metrics import average_precision
-from delf_milvus.features import Features
-from delf_milvus.retrieval.matching import match_many
-from delf_milvus.retrieval.ranking import combined_scores
+from delf_milvus.retrieval.ranking import global_similarities, relative
 from delf_milvus.retrieval.search import (
-    EXPANSION_FALSE_ALARM,
     Judgement,
     Timings,
     judge_candidates,
-    keypoints,
-    looked_twice,
-    widened,
 )
-from delf_milvus.retrieval.verification import verify_many
+from delf_milvus.retrieval.second_look import agreed, looked_twice, widened
 
 Floats = NDArray[np.float64]
-
-
-def pooled(features: Features) -> NDArray[np.float32]:
-    total = features.attention @ features.descriptors
-    return np.asarray(total / max(float(np.linalg.norm(total)), 1e-12), np.float32)
-
-
-def agreement(judged: Judgement, most: int) -> Floats:
-    """Mean, over the surest answers, of the inliers between them and each candidate, each divided by its level."""
-    sure = np.flatnonzero(CALIBRATION.assess(judged.evidence).false_alarm <= EXPANSION_FALSE_ALARM)[:most]
-    features = [candidate.features for candidate in judged.candidates]
-    total = np.zeros(len(features))
-    for i in sure.tolist():
-        matches = match_many(features[i].descriptors, [f.descriptors for f in features], SETTINGS.verify.similarity)
-        found = verify_many(
-            keypoints(features[i]),
-            [keypoints(f) for f in features],
-            matches,
-            residual=SETTINGS.verify.residual,
-            min_inliers=SETTINGS.verify.min_inliers,
-        )
-        inliers = np.array([v.inliers for v in found], np.float64)
-        inliers[i] = np.sort(inliers)[-2] if len(inliers) > 1 else 0  # with itself it agrees whatever it shows
-        total += combined_scores(np.zeros(len(inliers)), inliers, 1.0)
-    return total / max(len(sure), 1)
 
 
 def main() -> None:
@@ -86,10 +54,7 @@ def main() -> None:
     for group in SETS:
         with np.load(options.cache / f"{options.fingerprint}-gem-{group}.npz") as archive:
             gems.update(zip(map(str, archive["names"]), archive["vectors"], strict=True))
-    vectors = {
-        "GeM": centred(np.array([gems[name] for name in photos.names])),
-        "pooled": centred(np.array([pooled(f) for f in photos.features])),
-    }
+    vectors = centred(np.array([gems[name] for name in photos.names]))
     number = {name: i for i, name in enumerate(photos.names)}
     instances = instances_of(photos.names)
     names = queries_of(instances)[:: options.every]
@@ -138,17 +103,20 @@ def main() -> None:
             note(option, second)
         for most in (1, 3):
             started = time.perf_counter()
-            term = agreement(judged, most)
+            search = SETTINGS.search.model_copy(update={"agreement": most})
+            second = agreed(judged, search, SETTINGS.verify, CALIBRATION, Timings())
             option = f"agreement with {most}"
             seconds[option] = seconds.get(option, 0.0) + time.perf_counter() - started
-            for weight in (0.4, 0.8):
-                note(f"agreement with {most}, weight {weight}", judged.ordered(judged.scores + weight * term))
+            note(option, second)
         among = [number[candidate.image_id] for candidate in judged.candidates]
-        for kind, each in vectors.items():
-            similarity = np.maximum(each[among] @ each[number[name]], 0)
+        similarities = {
+            "GeM": np.maximum(vectors[among] @ vectors[number[name]], 0),
+            "pooled": global_similarities(query, [candidate.features for candidate in judged.candidates]),
+        }
+        for kind, similarity in similarities.items():
             for weight in (0.25, 0.5, 1.0):
-                term = combined_scores(np.zeros(len(among)), similarity, weight)
-                note(f"fusion with {kind}, weight {weight}", judged.ordered(judged.scores + term))
+                fused = judged.ordered(judged.scores + weight * relative(similarity))
+                note(f"fusion with {kind}, weight {weight}", fused)
 
     print(f"mAP, difference to the package's, 95 % interval; {len(names)} queries")
     base = np.array(precision["the package's"])
