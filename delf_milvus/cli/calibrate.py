@@ -17,7 +17,7 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", help="Calibration file to write (JSON).")],
     no_match: Annotated[
         Path | None,
-        typer.Argument(metavar="[PHOTOS]", help="Folder of photos that show nothing of what is stored."),
+        typer.Argument(metavar="PHOTOS", help="Folder of photos that show nothing of what is stored."),
     ] = None,
     apart: Annotated[
         str, typer.Option(help="Without PHOTOS, stored images ask: images of another folder (or parent) never match.")
@@ -26,9 +26,9 @@ def calibrate(
 ) -> None:
     """Set the bar of an answer by this collection: measure how strong wrong answers are in it.
 
-    Queries that have no right answer are searched, 125 at least: photos of other things, or the stored images
-    themselves, for which images of their own folder do not count. Nothing in the database changes. The weights of the
-    evidence stay; what a false alarm is, is measured anew, for these settings and this number of images.
+    Queries without a right answer are searched, 125 at least: photos of other things, or the stored images themselves,
+    for which images of their own folder do not count. Nothing in the database changes. The weights of the evidence
+    stay; what a false alarm is, is measured anew, for these settings and this number of images.
 
     Example: delf-milvus calibrate strangers/ --out shop.calibration.json
 
@@ -40,6 +40,9 @@ def calibrate(
         raise UsageError(f"--apart is folder or parent, not {apart}.")
     state = state_of(context)
     config = RecalibrationConfig(no_match, "folder" if apart == "folder" else "parent", limit)
+    # Told before minutes of work rather than after them.
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{one_line(out)} cannot be written: there is no such folder; make it first.")
     with state.open() as index, counting("calibrate", show_progress(state.quiet)) as progress:
         calibration, report = recalibrate(index, config, progress)
     try:

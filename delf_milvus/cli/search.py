@@ -119,10 +119,10 @@ def _tell(result: SearchResult, json: bool) -> None:
             columns: dict[str, Callable[[Hit], object]] = {
                 "rank": lambda hit: hit.rank,
                 "image": lambda hit: hit.image_id,
-                "inliers": lambda hit: hit.inliers,
-                "putatives": lambda hit: hit.putatives,
-                "confidence": lambda hit: f"{hit.confidence:.4f}",
-                "false alarm": lambda hit: f"{hit.false_alarm:.1e}",
+                "inliers": lambda hit: hit.inliers if hit.compared else "-",
+                "putatives": lambda hit: hit.putatives if hit.compared else "-",
+                "confidence": lambda hit: f"{hit.confidence:.4f}" if hit.compared else "-",
+                "false alarm": lambda hit: f"{hit.false_alarm:.1e}" if hit.compared else "-",
                 "verified": lambda hit: "yes" if hit.verified else "no",
                 "score": lambda hit: f"{hit.score:.3f}",
             }

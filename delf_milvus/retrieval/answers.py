@@ -61,7 +61,8 @@ class Correspondence:
 class Hit:
     """One answer.
 
-    verified: the evidence passes the bar. inliers: matches that one affine transform explains, counted by place;
+    verified: the evidence passes the bar. compared: whether it was matched and verified; images beyond the candidates
+    only have votes. inliers: matches that one affine transform explains, counted by place;
     putatives: matches before geometry. confidence: probability that it shows the same thing, if half of all queries
     have a match. false_alarm: share of queries without a match whose best answer has at least this evidence; the bar is
     set on it. score: what orders the hits. transform: query pixels to image pixels,
@@ -74,6 +75,7 @@ class Hit:
     image_id: str
     uri: str
     verified: bool
+    compared: bool
     inliers: int
     putatives: int
     confidence: float
@@ -89,7 +91,18 @@ class Hit:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `--json`."""
-        names = ("rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "false_alarm", "score")
+        names = (
+            "rank",
+            "image_id",
+            "uri",
+            "verified",
+            "compared",
+            "inliers",
+            "putatives",
+            "confidence",
+            "false_alarm",
+            "score",
+        )
         return {name: getattr(self, name) for name in (*names, "transform", "homography", "region")} | {
             "box": None if self.box is None else list(self.box),
             "query_box": None if self.query_box is None else list(self.query_box),
@@ -188,6 +201,7 @@ def hits_of(
                 candidate.image_id,
                 candidate.uri,
                 bool(verified[i]),
+                True,
                 verification.inliers,
                 len(matches.query),
                 float(confidence[i]),
@@ -228,6 +242,7 @@ def late_hits(judged: Judgement, named: Mapping[int, Named], search: SearchSetti
             image.image_id,
             image.uri,
             verified=False,
+            compared=False,
             inliers=0,
             putatives=0,
             confidence=0.0,

@@ -11,6 +11,7 @@ from delf_milvus.features import Features
 from delf_milvus.retrieval.answers import Transform, verified_regions
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.search import Candidate, Judgement, Timings, judge
+from delf_milvus.retrieval.second_look import agreed
 from delf_milvus.retrieval.voting import Votes
 from delf_milvus.settings import SearchSettings, VerifySettings
 
@@ -64,9 +65,13 @@ def explain(
     verify: VerifySettings,
     calibration: Calibration,
 ) -> Explanation:
-    """Explain the image of this key, which `stored` has beside the candidates, by image key."""
+    """Explain the image of this key, which `stored` has beside the candidates, by image key.
+
+    The rank is that of a search without expansion, whose second look would need the database again.
+    """
     image = stored[key]
     judged = judge(query, votes, stored, search, verify, Timings())
+    judged = agreed(judged, search, verify, calibration, Timings())
     position = next((i for i, one in enumerate(judged.candidates) if one.image_id == image.image_id), None)
     candidate = position is not None
     if position is None:
