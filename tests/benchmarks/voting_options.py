@@ -60,6 +60,7 @@ class Option:
     idf: power of the logarithm of how few images a feature's hits lie in.
     size: power of an image's feature count by which its score is divided.
     inliers: what geometry adds. best: how many of the largest values each term is divided by the mean of.
+    bar: false-alarm level up to which a candidate comes before all others, as a search shows them.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Option:
     inlier_weight: float = SETTINGS.search.inlier_weight
     inliers: str = "count"
     best: int = 5
+    bar: float = 0.0
 
 
 OURS = Option("the package's")
@@ -123,6 +125,9 @@ COMBINED = [
     *(Option(f"inliers above chance, weight {w}", inliers="excess", inlier_weight=w) for w in (0.25, 0.5, 0.75, 1.0)),
     *(Option(f"-log false alarm, weight {w}", inliers="alarm", inlier_weight=w) for w in (0.25, 0.5, 0.75, 1.0)),
     *(Option(f"confidence, weight {w}", inliers="confidence", inlier_weight=w) for w in (0.25, 0.5, 0.75, 1.0)),
+    *(Option(f"verified at {b} first", bar=b) for b in (0.1, 0.01, 0.001)),
+    *(Option(f"verified at 0.01 first, inlier weight {w}", bar=0.01, inlier_weight=w) for w in (0.0, 0.25, 0.5)),
+    *(Option(f"verified at 0.001 first, inlier weight {w}", bar=0.001, inlier_weight=w) for w in (0.0, 0.25, 0.5)),
     Option("K 240, weight^2", k=240, power=2.0),
     Option("K 240, weight^1.5", k=240, power=1.5),
     Option("idf of distinct images", idf=1.0),
@@ -204,7 +209,7 @@ def ranked(option: Option, query: int, images: Keys, scores: Floats, pairs: Pair
         "confidence": sure.confidence,
     }[option.inliers]
     total = combined_scores(scores[: option.candidates], term, option.inlier_weight, option.best)
-    order = some[np.argsort(-total, kind="stable")]
+    order = some[np.lexsort((-total, sure.false_alarm > option.bar))]
     return [int(i) for i in np.concatenate([order, images[option.candidates :]])]
 
 
@@ -256,6 +261,7 @@ def main() -> None:
     parser.add_argument("--fingerprint", required=True)
     parser.add_argument("--stored", type=int, default=500)
     parser.add_argument("--parts", nargs="*", default=["votes", "combined"], choices=("votes", "combined"))
+    parser.add_argument("--only", default="", help="options whose name has this in it")
     options = parser.parse_args()
     prefix = f"{options.fingerprint}-{options.stored}"
     sets = [read_features(options.cache / f"{prefix}-{name}.npz") for name in SETS]
@@ -298,7 +304,7 @@ def main() -> None:
         choices, rank = parts[part]
         print(f"{part}: mAP, difference to the package's, 95 % interval; {len(queries)} queries")
         ours = measured(replace(OURS, name=f"the package's, {part}"), rank)
-        for option in [OURS, *choices]:
+        for option in [OURS, *(choice for choice in choices if options.only in choice.name)]:
             values = ours if option is OURS else measured(option, rank)
             columns = [
                 f"{group}: {difference(values[groups == group], ours[groups == group])}" for group in np.unique(groups)

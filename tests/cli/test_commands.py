@@ -58,7 +58,18 @@ def test_search_prints_a_table_or_one_object(workplace: Path) -> None:
     assert result.keys() >= {"query", "model", "matched", "hits", "timings"}
     assert result["matched"] is True
     hit = result["hits"][0]
-    names = ["rank", "image_id", "uri", "verified", "inliers", "putatives", "confidence", "false_alarm", "score"]
+    names = [
+        "rank",
+        "image_id",
+        "uri",
+        "verified",
+        "compared",
+        "inliers",
+        "putatives",
+        "confidence",
+        "false_alarm",
+        "score",
+    ]
     assert list(hit) == [*names, "transform", "homography", "region", "box", "query_box", "metadata"]
     assert np.shape(hit["transform"]) == (2, 3)
     steps = {"decode", "extract", "neighbours", "vote", "geometry", "match", "verify", "total"}
