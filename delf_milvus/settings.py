@@ -218,9 +218,6 @@ class SearchSettings(_Stage):
         le=10,
         description="Surest answers that are compared with all candidates too, and have a say.",
     )
-    global_weight: float = Field(
-        0.0, ge=0, description="Weight of the similarity of global vectors, pooled from the features, beside the votes."
-    )
     inlier_weight: float = Field(
         0.75, ge=0, description="Weight of the inliers beside the votes, each divided by its mean over the best five."
     )

@@ -125,9 +125,7 @@ def test_images_that_only_have_votes_are_those_of_the_synchronous_index(place: S
 
 
 def test_a_second_look_is_that_of_the_synchronous_index(place: Settings) -> None:
-    twice = place.model_copy(
-        update={"search": place.search.model_copy(update={"expand": 2, "agreement": 1, "global_weight": 0.25})}
-    )
+    twice = place.model_copy(update={"search": place.search.model_copy(update={"expand": 2, "agreement": 1})})
 
     async def looked() -> list[Any]:
         async with await AsyncDelfIndex.open(settings=twice) as index:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from delf_milvus.features import Features
 from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.matching import Matches, match_many
-from delf_milvus.retrieval.ranking import combined_scores, global_similarities, relative
+from delf_milvus.retrieval.ranking import combined_scores
 from delf_milvus.retrieval.verification import Keypoints, Verification, verify_many
 from delf_milvus.retrieval.voting import Votes, vote
 from delf_milvus.settings import SearchSettings, VerifySettings
@@ -154,9 +154,6 @@ def judge(
         rest, later = votes.images[search.candidates :], votes.scores[search.candidates :]
         inliers = np.concatenate([judged.inliers, np.zeros(len(rest), np.int64)])
         scores = combined_scores(np.concatenate([judged.scores, later]), inliers, search.inlier_weight)
-        if search.global_weight:
-            similar = global_similarities(query, [candidate.features for candidate in candidates])
-            scores[: len(rows)] += search.global_weight * relative(similar)
         judged = replace(judged, rest=rest, rest_scores=scores[len(rows) :])
         return judged.ordered(scores[: len(rows)])
 

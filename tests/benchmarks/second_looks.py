@@ -6,8 +6,8 @@
 
 Queries, sets and columns are those of voting_options.py; the base is the package's search. Expansion is the package's
 (`search.expand`), and so is agreement (`search.agreement`). Fusion: similarity to a global vector joins the score, as a
-third term divided by its mean over the best five; "pooled" is the package's (`search.global_weight`), "GeM" that of
-global_descriptor.py.
+third term divided by its mean over the best five; "GeM" is that of global_descriptor.py, "pooled" the mean of the
+stored descriptors weighted by attention, which costs no storage.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -30,7 +31,8 @@ from voting_options import CALIBRATION, SETTINGS, difference, instances_of, quer
 
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.evaluation.metrics import average_precision
-from delf_milvus.retrieval.ranking import global_similarities, relative
+from delf_milvus.features import Features
+from delf_milvus.retrieval.ranking import relative
 from delf_milvus.retrieval.search import (
     Judgement,
     Timings,
@@ -39,6 +41,25 @@ from delf_milvus.retrieval.search import (
 from delf_milvus.retrieval.second_look import agreed, looked_twice, widened
 
 Floats = NDArray[np.float64]
+
+
+def pooled_similarities(query: Features, images: Sequence[Features]) -> Floats:
+    """Cosine similarity, (N,) and at least 0, of the query's global vector to that of each image.
+
+    The vector is the mean of the local descriptors weighted by their attention, which is what the attention was trained
+    to pool; what the images have in common is subtracted from all, for it tells none of them from another.
+    """
+    if not images:
+        return np.empty(0)
+    vectors = np.array([pooled(one) for one in [query, *images]])
+    vectors -= vectors[1:].mean(axis=0)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return np.asarray(np.maximum(vectors[1:] @ vectors[0], 0))
+
+
+def pooled(features: Features) -> Floats:
+    total = features.attention.astype(np.float64) @ features.descriptors
+    return np.asarray(total / max(float(np.linalg.norm(total)), 1e-12))
 
 
 def main() -> None:
@@ -111,7 +132,7 @@ def main() -> None:
         among = [number[candidate.image_id] for candidate in judged.candidates]
         similarities = {
             "GeM": np.maximum(vectors[among] @ vectors[number[name]], 0),
-            "pooled": global_similarities(query, [candidate.features for candidate in judged.candidates]),
+            "pooled": pooled_similarities(query, [candidate.features for candidate in judged.candidates]),
         }
         for kind, similarity in similarities.items():
             for weight in (0.25, 0.5, 1.0):

@@ -1,4 +1,4 @@
-"""What sure answers say about the others, and global vectors, on features of real photos."""
+"""What sure answers say about the others, on features of real photos."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.features import Features
 from delf_milvus.matcher import PhotoMatcher
-from delf_milvus.retrieval.ranking import global_similarities
 from delf_milvus.retrieval.search import Judgement, Timings, judge_candidates
 from delf_milvus.retrieval.second_look import agreed, surest
-from delf_milvus.settings import SearchSettings, Settings
+from delf_milvus.settings import Settings
 
 skimage_data = pytest.importorskip("skimage.data", reason="needs scikit-image (extra: demo)")
 
@@ -84,21 +83,3 @@ def test_without_a_sure_answer_nothing_changes(
     few = MemoryCollection(list(OTHERS), [stored[name] for name in OTHERS])
     strange = judge_candidates(stored["whole"], few, SETTINGS.search, SETTINGS.verify, Timings())
     assert look(strange, matcher, 3) is strange
-
-
-def test_global_vectors_tell_the_same_photo_from_others(query: Features, stored: dict[str, Features]) -> None:
-    similar = global_similarities(query, list(stored.values()))
-    assert similar.shape == (len(stored),)
-    assert ((similar >= 0) & (similar <= 1 + 1e-9)).all()
-    assert list(stored)[int(similar.argmax())] == "whole"
-    assert global_similarities(query, []).shape == (0,)
-
-
-def test_the_global_weight_joins_the_score(query: Features, stored: dict[str, Features], judged: Judgement) -> None:
-    search: SearchSettings = SETTINGS.search.model_copy(update={"global_weight": 0.5})
-    collection = MemoryCollection(list(stored), list(stored.values()))
-    fused = judge_candidates(query, collection, search, SETTINGS.verify, Timings())
-    similar = global_similarities(query, [candidate.features for candidate in judged.candidates])
-    level = np.sort(similar)[-5:].mean()
-    expected = dict(zip(names(judged), (judged.scores + 0.5 * similar / level).tolist(), strict=True))
-    np.testing.assert_allclose(fused.scores, [expected[name] for name in names(fused)])
