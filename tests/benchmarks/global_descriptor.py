@@ -21,10 +21,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import cv2
 import numpy as np
 import torch
-from judge import SETS, Figures, compare, means, truth
+from judge import SETS, Figures, alike, compare, means, note
 from numpy.typing import NDArray
 
-from delf_milvus.evaluation.metrics import average_precision, ns_score
 from delf_milvus.imaging.decode import decode
 from delf_milvus.model.extractor import Extractor
 from delf_milvus.model.runtime import prepare
@@ -77,21 +76,13 @@ def centred(vectors: Vectors) -> Vectors:
 
 def judged(names: list[str], vectors: Vectors, among: list[int], queries: list[str]) -> Figures:
     """Figures of every query, by set, with the photos `among` as the collection."""
-    instances = truth(names)
-    members: dict[str, set[str]] = {}
-    for name, instance in instances.items():
-        members.setdefault(instance, set()).add(name)
+    same = alike(names)
     number = {name: i for i, name in enumerate(names)}
     collection = vectors[among]
     figures: Figures = {}
     for name in queries:
         order = np.argsort(-(collection @ vectors[number[name]]), kind="stable")
-        ranking = [names[among[i]] for i in order.tolist()]
-        same = members[instances[name]]
-        group = figures.setdefault(name.split("/")[0], {})
-        group.setdefault("mAP", {})[name] = average_precision(ranking, same - {name}, {name})
-        if name.startswith("ukbench"):
-            group.setdefault("N-S", {})[name] = ns_score(ranking, same)
+        note(figures, name, [names[among[i]] for i in order.tolist()], same[name])
     return figures
 
 
@@ -104,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     names, vectors = vectors_of(options.data, options.cache)
     vectors = centred(vectors)
-    queries = list(truth(names))
+    queries = list(alike(names))
     alone = [i for i, name in enumerate(names) if name.startswith("ukbench")]
     runs = {
         "alone": judged(names, vectors, alone, [q for q in queries if q.startswith("ukbench")]),

@@ -115,6 +115,23 @@ Figures = dict[str, dict[str, dict[str, float]]]
 """Set, then name of the figure, then query: its value."""
 
 
+def alike(names: list[str]) -> dict[str, set[str]]:
+    """The photos of the same instance, itself among them, of every photo that queries."""
+    instances = truth(names)
+    members: dict[str, set[str]] = {}
+    for name, instance in instances.items():
+        members.setdefault(instance, set()).add(name)
+    return {name: members[instance] for name, instance in instances.items()}
+
+
+def note(figures: Figures, name: str, ranking: list[str], same: set[str]) -> None:
+    """Add the figures of one query."""
+    group = figures.setdefault(name.split("/", maxsplit=1)[0], {})
+    group.setdefault("mAP", {})[name] = average_precision(ranking, same - {name}, {name})
+    if name.startswith("ukbench"):
+        group.setdefault("N-S", {})[name] = ns_score(ranking, same)
+
+
 class Stored:
     """Photos in a collection of Milvus, under an index; a `AnswerSource`."""
 
@@ -159,10 +176,7 @@ def stored(photos: PhotoSet, model: Fingerprint, most: int, uri: str, profile: P
 
 def judge(photos: PhotoSet, collection: AnswerSource, settings: Settings, queries: list[str]) -> Figures:
     """Figures of every query, by set."""
-    instances = truth(photos.names)
-    members: dict[str, set[str]] = {}
-    for name, instance in instances.items():
-        members.setdefault(instance, set()).add(name)
+    same = alike(photos.names)
     figures: Figures = {}
     numbers = {name: number for number, name in enumerate(photos.names)}
     for done, name in enumerate(queries, 1):
@@ -170,11 +184,7 @@ def judge(photos: PhotoSet, collection: AnswerSource, settings: Settings, querie
         found = judge_candidates(query, collection, settings.search, settings.verify, Timings())
         ranking = [candidate.image_id for candidate in found.candidates]
         ranking += [image.image_id for image in collection.named(found.rest[:DEEP]).values()]
-        same = members[instances[name]]
-        group = figures.setdefault(name.split("/")[0], {})
-        group.setdefault("mAP", {})[name] = average_precision(ranking, same - {name}, {name})
-        if name.startswith("ukbench"):
-            group.setdefault("N-S", {})[name] = ns_score(ranking, same)
+        note(figures, name, ranking, same[name])
         if done % 200 == 0:
             print(f"  {done} of {len(queries)} queries", flush=True)
     return figures

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import cv2
 import numpy as np
 import pytest
+from real_photos import photo
 from twins import exact_neighbours, slow_match, slow_verify, slow_vote
 
 from delf_milvus.evaluation.memory import MemoryCollection
@@ -18,15 +16,8 @@ from delf_milvus.retrieval.search import Timings, judge_candidates
 from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import Settings
 
-skimage_data = pytest.importorskip("skimage.data", reason="needs scikit-image (extra: demo)")
-
 SETTINGS = Settings(extract={"preset": "fast"})  # type: ignore[arg-type]
 NAMES = ("astronaut", "camera", "chelsea", "coffee", "coins", "page", "rocket", "brick")
-
-
-def photo(name: str) -> np.ndarray:
-    path = next(Path(skimage_data.__file__).parent.glob(f"{name}.*"))
-    return cv2.cvtColor(cv2.imread(str(path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 @pytest.fixture(scope="module")
