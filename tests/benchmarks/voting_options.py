@@ -7,7 +7,7 @@ All photos of the cache are one collection. Queries: every fifth photo of UKBenc
 the multi-view scenes whole, and, to choose by, every third photo of the other places. For every option its mean average
 precision on each set, and the difference to the package's own choice with the 95 % interval of a paired bootstrap; a
 star where the interval leaves out zero. Neighbours are searched once, and each pair of photos is matched and verified
-once, so that an option costs seconds.
+once, so that an option costs seconds. A photo is no answer to itself, as if it were not stored.
 
 --parts votes: the images ranked by votes alone. combined: votes and inliers for the candidates, as a
 search ranks them, and the rest by votes.
@@ -37,7 +37,7 @@ from delf_milvus.features import ORDINAL_BITS
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.matching import match_many
-from delf_milvus.retrieval.ranking import combined_scores
+from delf_milvus.retrieval.ranking import INLIER_LEVEL, combined_scores
 from delf_milvus.retrieval.search import keypoints
 from delf_milvus.retrieval.verification import verify_many
 from delf_milvus.retrieval.voting import vote
@@ -60,6 +60,7 @@ class Option:
     idf: power of the logarithm of how few images a feature's hits lie in.
     size: power of an image's feature count by which its score is divided.
     inliers: what geometry adds. best: how many of the largest values each term is divided by the mean of.
+    least: what the inliers are divided by at least.
     bar: false-alarm level up to which a candidate comes before all others, as a search shows them.
     """
 
@@ -77,6 +78,7 @@ class Option:
     inliers: str = "count"
     best: int = 5
     bar: float = 0.0
+    least: float = INLIER_LEVEL
 
 
 OURS = Option("the package's")
@@ -118,6 +120,7 @@ COMBINED = [
     *(Option(f"inlier weight {w}", inlier_weight=w) for w in (0.25, 0.5, 1.0, 1.5, 2.5)),
     Option("mean over the best 1", best=1),
     Option("mean over the best 10", best=10),
+    *(Option(f"level of the inliers at least {f}", least=f) for f in (0, 15, 25, 80)),
     Option("logarithm of inliers", inliers="log"),
     Option("square of inliers", inliers="square"),
     Option("similarities of the inliers added", inliers="similar"),
@@ -131,6 +134,7 @@ COMBINED = [
     Option("K 240, weight^2", k=240, power=2.0),
     Option("K 240, weight^1.5", k=240, power=1.5),
     Option("idf of distinct images", idf=1.0),
+    Option("idf of distinct images, K 240", idf=1.0, k=240),
 ]
 
 
@@ -208,7 +212,8 @@ def ranked(option: Option, query: int, images: Keys, scores: Floats, pairs: Pair
         "alarm": -np.log(sure.false_alarm),
         "confidence": sure.confidence,
     }[option.inliers]
-    total = combined_scores(scores[: option.candidates], term, option.inlier_weight, option.best)
+    least = option.least if option.inliers == "count" else 0.0
+    total = combined_scores(scores[: option.candidates], term, option.inlier_weight, option.best, least)
     order = some[np.lexsort((-total, sure.false_alarm > option.bar))]
     return [int(i) for i in np.concatenate([order, images[option.candidates :]])]
 
@@ -284,8 +289,9 @@ def main() -> None:
         values = []
         for row, query in enumerate(queries):
             used = int((all_keys[row, :, 0] >= 0).sum())
-            found = scored(option, all_keys[row, :used], all_similarities[row, :used], sizes)
-            order = rank(option, query, *found)
+            images, scores = scored(option, all_keys[row, :used], all_similarities[row, :used], sizes)
+            # As if it were not stored: a photo's match with itself sets a level that no other photo reaches.
+            order = rank(option, query, images[images != query], scores[images != query])
             right = same[instances[names[row]][1]] - {query}
             values.append(average_precision(order, right, {query}))
         return np.array(values)
