@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 from global_descriptor import centred
-from judge import SETS, PhotoSet, read_features
+from judge import SETS, PhotoSet, Without, read_features
 from numpy.typing import NDArray
 from voting_options import CALIBRATION, SETTINGS, difference, instances_of, queries_of
 
@@ -96,19 +96,8 @@ def main() -> None:
             ranking += [image for i in judged.rest.tolist() if (image := photos.names[i]) not in set(ranking)]
             precision.setdefault(option, []).append(average_precision(ranking, relevant, {name}))
 
-        first = judge_candidates(query, collection, SETTINGS.search, SETTINGS.verify, Timings())
-        # The query itself is in the collection, and is its own surest answer: without it.
-        kept = np.array([i for i, c in enumerate(first.candidates) if c.image_id != name], np.intp)
-        judged = Judgement(
-            [first.candidates[i] for i in kept],
-            [first.verifications[i] for i in kept],
-            [first.matches[i] for i in kept],
-            first.inliers[kept],
-            first.scores[kept],
-            first.evidence[kept],
-            first.rest,
-            first.rest_scores,
-        )
+        others = Without(collection, name)
+        judged = judge_candidates(query, others, SETTINGS.search, SETTINGS.verify, Timings())
         note("the package's", judged)
         box = (0.0, 0.0, float(query.width), float(query.height))
         for most in (1, 3, 10):
@@ -117,7 +106,7 @@ def main() -> None:
             wide = widened(query, judged, search, CALIBRATION, box)
             second = judged
             if wide is not None:
-                looked = judge_candidates(wide, collection, search, SETTINGS.verify, Timings())
+                looked = judge_candidates(wide, others, search, SETTINGS.verify, Timings())
                 second = looked_twice(query, judged, looked, SETTINGS.verify, Timings())
             option = f"expansion by {most}"
             seconds[option] = seconds.get(option, 0.0) + time.perf_counter() - started
