@@ -176,8 +176,9 @@ class AsyncDelfIndex:
             with query.timings.measure("geometry"):
                 calls = await self._in_thread(self._index.store.named_calls, late.tolist())
                 rows = await reads.get(calls)
-                named = named_of(self._index.store.named_answer(late.tolist(), rows))
-            hits += late_hits(judged, named, query.search, hits)
+                # A thousand rows are too many to read on the event loop.
+                records = await self._in_thread(self._index.store.named_answer, late.tolist(), rows)
+            hits += late_hits(judged, named_of(records), query.search, hits)
         return query.result(hits)
 
     async def _judged(self, reads: AsyncReads, query: Query, features: Features, filter: Filter) -> Judgement:

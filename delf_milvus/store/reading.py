@@ -186,11 +186,7 @@ class StoreReader(AttachedCollections):
     def named_answer(self, image_keys: Sequence[int], results: Iterable[Sequence[Row]]) -> dict[int, ImageRecord]:
         """What `named` returns, from the results of `named_calls`."""
         rows, facts = _by_primary("image_key", results), self._facts
-        return {
-            key: records.record_of(rows[key], facts.tenant_field)
-            for key in image_keys
-            if facts is not None and key in rows
-        }
+        return {} if facts is None else _records_of(image_keys, rows, facts)
 
     def sample(self, count: int, seed: int = 0) -> dict[int, tuple[ImageRecord, Features]]:
         """At most `count` images, drawn at random, as `stored` gives them.
@@ -264,8 +260,7 @@ class StoreReader(AttachedCollections):
 
     def _records(self, keys: Sequence[int], facts: CollectionFacts) -> dict[int, ImageRecord]:
         """Records by image key, those that exist, in the given order."""
-        rows = self._rows(keys, records.record_fields(facts))
-        return {key: records.record_of(rows[key], facts.tenant_field) for key in keys if key in rows}
+        return _records_of(keys, self._rows(keys, records.record_fields(facts)), facts)
 
     def _by_key(
         self,
@@ -327,6 +322,10 @@ def _get_calls(
 
 def _by_primary(primary: str, results: Iterable[Sequence[Row]]) -> dict[int, Row]:
     return {int(row[primary]): row for rows in results for row in rows}
+
+
+def _records_of(keys: Iterable[int], rows: Mapping[int, Row], facts: CollectionFacts) -> dict[int, ImageRecord]:
+    return {key: records.record_of(rows[key], facts.tenant_field) for key in keys if key in rows}
 
 
 def _starting(prefix: str) -> list[str]:

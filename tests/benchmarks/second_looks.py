@@ -93,7 +93,8 @@ def main() -> None:
 
         def note(option: str, judged: Judgement, name: str = name, relevant: set[str] = relevant) -> None:
             ranking = [candidate.image_id for candidate in judged.candidates]
-            ranking += [image for i in judged.rest.tolist() if (image := photos.names[i]) not in set(ranking)]
+            known = set(ranking)
+            ranking += [image for i in judged.rest.tolist() if (image := photos.names[i]) not in known]
             precision.setdefault(option, []).append(average_precision(ranking, relevant, {name}))
 
         others = Without(collection, name)
