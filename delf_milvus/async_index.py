@@ -25,10 +25,11 @@ from delf_milvus.features import Box, Features
 from delf_milvus.imaging.decode import Source
 from delf_milvus.index import DelfIndex, Query, candidates_of, named_of
 from delf_milvus.matcher import PairResult
-from delf_milvus.retrieval.answers import SearchResult, hits_of, late_hits, late_keys
-from delf_milvus.retrieval.search import Judgement, judge
+from delf_milvus.retrieval.answers import Hit, SearchResult, hits_of, late_hits, late_keys
+from delf_milvus.retrieval.search import Judgement, asks_globally, judge
 from delf_milvus.retrieval.second_look import agreed, looked_twice, widened
-from delf_milvus.retrieval.voting import Votes, vote
+from delf_milvus.retrieval.shortlist import NOBODY, Shortlist, shortlist
+from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import Settings
 from delf_milvus.store import connection
 from delf_milvus.store.asynchronous import AsyncReads, Blocking, ClientLoop, run_in
@@ -151,9 +152,17 @@ class AsyncDelfIndex:
             return await self._in_thread(
                 self._index.search, image, top_k, box=box, filter=filter, include_unverified=include_unverified
             )
-        query = await self._in_thread(self._index.query, image, top_k, box)
+        queries = await self._in_thread(self._index.queries, image, top_k, box)
+        found = [
+            await self._hits(reads, query, filter, include_unverified and number == 0)
+            for number, query in enumerate(queries)
+        ]
+        return await self._in_thread(self._index.result, queries, found, top_k)
+
+    async def _hits(self, reads: AsyncReads, query: Query, filter: Filter, include_unverified: bool) -> list[Hit]:
+        """The hits of one view, as `answers.answer` finds them."""
         if not len(query.features):
-            return query.result([])
+            return []
         verify, calibration = self._index.settings.verify, self._index.calibration
         judged = await self._judged(reads, query, query.features, filter)
         wide = await self._in_thread(widened, query.features, judged, query.search, calibration, query.box)
@@ -179,33 +188,41 @@ class AsyncDelfIndex:
                 # A thousand rows are too many to read on the event loop.
                 records = await self._in_thread(self._index.store.named_answer, late.tolist(), rows)
             hits += late_hits(judged, named_of(records), query.search, hits)
-        return query.result(hits)
+        return hits
 
     async def _judged(self, reads: AsyncReads, query: Query, features: Features, filter: Filter) -> Judgement:
         """The candidates of these features, the query's or a widened one's."""
-        store = self._index.store
-        descriptors, neighbours = features.descriptors, query.search.neighbours
+        store, search = self._index.store, query.search
+        descriptors, neighbours = features.descriptors, search.neighbours
+        globally: list[dict[str, Any]] = []
         with query.timings.measure("neighbours"):
             calls = await self._in_thread(store.neighbour_calls, descriptors, neighbours, filter)
+            if asks_globally(features, search):
+                globally = await self._in_thread(
+                    store.similar_calls, features.global_descriptor, search.similar_images, filter
+                )
             results = await reads.search(calls)
+            alike = await reads.search(globally)
 
-        def voted() -> tuple[Votes, list[int], list[dict[str, Any]]]:
+        def voted() -> tuple[Shortlist, list[int], list[dict[str, Any]]]:
             with query.timings.measure("neighbours"):
                 parts = [answer_arrays(result, neighbours) for result in results]
                 keys, similarities = joined_hits(parts, len(descriptors), neighbours)
+                found = [answer_arrays(result, search.similar_images) for result in alike]
+                similar = store.similar_answer(found) if found else NOBODY
             with query.timings.measure("vote"):
-                votes = vote(keys, similarities)
-            wanted = votes.images[: query.search.candidates].tolist()
-            return votes, wanted, store.stored_calls(wanted)
+                chosen = shortlist(vote(keys, similarities), *similar, search.global_weight)
+            wanted = chosen.images[: search.candidates].tolist()
+            return chosen, wanted, store.stored_calls(wanted)
 
-        votes, wanted, calls = await self._in_thread(voted)
+        chosen, wanted, calls = await self._in_thread(voted)
         with query.timings.measure("geometry"):
             rows = await reads.get(calls)
 
         def verified() -> Judgement:
             with query.timings.measure("geometry"):
                 stored = candidates_of(store.stored_answer(wanted, rows))
-            return judge(features, votes, stored, query.search, self._index.settings.verify, query.timings)
+            return judge(features, chosen, stored, search, self._index.settings.verify, query.timings)
 
         return await self._in_thread(verified)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Features:
     attention: (N,) float32, never increasing.
     descriptors: (N, D) float32, rows of unit L2 norm.
     width, height: size of the photo in pixels.
+    global_descriptor: (G,) float32 of unit L2 norm, one vector of the whole photo; of length 0 where there is none: the
+        model has none, or the features were read from where only local ones are kept.
 
     Raises ValueError at construction when one of this does not hold.
     """
@@ -46,6 +48,7 @@ class Features:
     descriptors: Float32Array
     width: int
     height: int
+    global_descriptor: Float32Array = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __post_init__(self) -> None:
         count = len(self.locations)
@@ -72,6 +75,12 @@ class Features:
         squares = np.einsum("nd,nd->n", self.descriptors, self.descriptors)
         if count and (np.abs(squares - 1) > 2e-2).any():
             raise ValueError("descriptors must have unit L2 norm")
+        pooled = self.global_descriptor
+        if pooled.dtype != np.float32 or pooled.ndim != 1:
+            raise ValueError(f"global_descriptor must be a float32 vector, not {pooled.dtype} of {pooled.shape}")
+        # Written so that NaN fails too.
+        if len(pooled) and not abs(float(pooled @ pooled) - 1) <= 2e-2:
+            raise ValueError("global_descriptor must have unit L2 norm")
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -94,6 +103,7 @@ class Features:
             self.descriptors[rows],
             self.width,
             self.height,
+            self.global_descriptor,
         )
 
 
@@ -130,6 +140,7 @@ class Fingerprint:
     selection: how cells are scored. dim: descriptor length. longest_side: pixels a photo is shrunk to.
     scales: the pyramid. stride: pixels between cells. precision: family of the arithmetic ("bf16" and "fp32" are one
     family, "float": their descriptors agree to a cosine above 0.999). coordinates: the keypoint convention.
+    global_dim: length of the global descriptor, 0 without one.
     """
 
     weights: str
@@ -140,6 +151,7 @@ class Fingerprint:
     stride: int
     precision: str = "float"
     coordinates: str = "pixel centres at integers, upright"
+    global_dim: int = 0
 
     def to_json(self) -> str:
         """Canonical JSON text."""

@@ -25,9 +25,9 @@ from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
 from delf_milvus.retrieval.answers import Hit, Named, SearchResult, answer
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.explain import Explanation, explain
-from delf_milvus.retrieval.search import Candidate, Judgement, Timings, judge_candidates
-from delf_milvus.retrieval.voting import vote
-from delf_milvus.settings import Profile, SearchSettings, Settings
+from delf_milvus.retrieval.search import Candidate, Judgement, Timings, judge_candidates, shortlisted
+from delf_milvus.retrieval.views import View, joined, views_of
+from delf_milvus.settings import MOST_ANSWERS, Profile, SearchSettings, Settings
 from delf_milvus.store.connection import Connection
 from delf_milvus.store.doctor import Check, examine
 from delf_milvus.store.feature_store import FeatureStore
@@ -224,41 +224,73 @@ class DelfIndex:
         Raises ImageError when the photo cannot be decoded, UsageError for a box outside of it or a filter that does not
         fit the collection, DatabaseError.
         """
-        query = self.query(image, top_k, box)
-        if not len(query.features):
-            return query.result([])
-        hits = answer(
-            query.features,
-            _StoreSource(self._store, filter),
-            query.search,
-            self.settings.verify,
-            self._matcher.calibration,
-            query.timings,
-            query_box=query.box,
-            include_unverified=include_unverified,
-        )
-        return query.result(hits)
+        queries = self.queries(image, top_k, box)
+        source = _StoreSource(self._store, filter)
+        found = [
+            answer(
+                query.features,
+                source,
+                query.search,
+                self.settings.verify,
+                self._matcher.calibration,
+                query.timings,
+                query_box=query.box,
+                include_unverified=include_unverified and number == 0,
+            )
+            if len(query.features)
+            else []
+            for number, query in enumerate(queries)
+        ]
+        return self.result(queries, found, top_k)
 
     def query(self, image: Source, top_k: int | None = None, box: Box | None = None) -> Query:
-        """The first stage of `search`, which needs no database: arguments and errors as there."""
-        timings = Timings()
-        with timings.measure("decode"):
-            photo = self._matcher.decode(image)
-        with timings.measure("extract"):
-            features = self._matcher.query_features(photo, box)
+        """The first stage of a `search` for one view, which needs no database: arguments and errors as there."""
+        return self._queries(image, top_k, box, one=True)[0]
+
+    def queries(self, image: Source, top_k: int | None = None, box: Box | None = None) -> list[Query]:
+        """The same for all views that the settings ask for (`search.parts`, `search.turned`)."""
+        return self._queries(image, top_k, box, one=False)
+
+    def _queries(self, image: Source, top_k: int | None, box: Box | None, *, one: bool) -> list[Query]:
         search = self.settings.search
         if top_k is not None:
             if top_k < 1:
                 raise UsageError(f"The number of answers must be at least 1, not {top_k}.")
             search = search.model_copy(update={"top": top_k})
-        return Query(
-            name=str(image) if isinstance(image, str | Path) else "",
-            model=self._matcher.fingerprint.short,
-            features=features,
-            search=search,
-            box=clipped_box(box, features.width, features.height),
-            timings=timings,
+        timings = Timings()
+        with timings.measure("decode"):
+            photo = self._matcher.decode(image)
+        height, width = photo.shape[:2]
+        clipped = clipped_box(box, width, height)
+        name, model = str(image) if isinstance(image, str | Path) else "", self._matcher.fingerprint.short
+        views = views_of(clipped, parts=search.parts, turned=search.turned)
+        if one or len(views) == 1:
+            with timings.measure("extract"):
+                features = self._matcher.query_features(photo, box)
+            return [Query(name, model, features, search, clipped, timings, views[0], (width, height))]
+        # What is left out of one view's answers may be wanted beside those of the others.
+        all_hits = search.model_copy(update={"top": MOST_ANSWERS, "per_region": 0})
+        found = []
+        for view in views:
+            with timings.measure("extract"):
+                features = self._matcher.query_features(view.cut(photo))
+            whole = (0.0, 0.0, float(features.width), float(features.height))
+            found.append(Query(name, model, features, all_hits, whole, timings, view, (width, height)))
+        return found
+
+    def result(self, queries: Sequence[Query], found: Sequence[list[Hit]], top_k: int | None = None) -> SearchResult:
+        """The last stage of a `search`: the answer of all its views with these hits."""
+        if len(queries) == 1:
+            return queries[0].result(found[0])
+        search = self.settings.search
+        hits = joined(
+            [(query.view, hits) for query, hits in zip(queries, found, strict=True)],
+            queries[0].size,
+            max_false_alarm=self.settings.verify.max_false_alarm,
+            top=top_k or search.top,
+            per_region=search.per_region,
         )
+        return queries[0].result(hits)
 
     def judge(self, features: Features, *, filter: Filter = "") -> Judgement:
         """Candidates of a query that was extracted already, with all their evidence, before any bar is applied.
@@ -276,11 +308,11 @@ class DelfIndex:
         key = self.show(image_id).key
         query = self.query(image, None, box)
         source = _StoreSource(self._store, filter)
-        votes = vote(*source.neighbours(query.features.descriptors, query.search.neighbours))
-        wanted = np.append(votes.images[: query.search.candidates], key)
+        chosen = shortlisted(query.features, source, query.search, query.timings)
+        wanted = np.append(chosen.images[: query.search.candidates], key)
         stored = source.candidates(np.unique(wanted))
         return explain(
-            query.features, votes, key, stored, query.search, self.settings.verify, self._matcher.calibration
+            query.features, chosen, key, stored, query.search, self.settings.verify, self._matcher.calibration
         )
 
     def match(self, first: Source, second: Source) -> PairResult:
@@ -442,7 +474,8 @@ class DelfIndex:
 class Query:
     """A query photo after extraction, and how it is searched for.
 
-    name: its path, or "". model: short fingerprint. box: the part searched for, pixels of the photo.
+    name: its path, or "". model: short fingerprint. box: the part searched for, pixels of what the features were
+    extracted from: the photo, or where there are several views the view. size: of the photo, (width, height).
     """
 
     name: str
@@ -451,6 +484,8 @@ class Query:
     search: SearchSettings
     box: Box
     timings: Timings
+    view: View
+    size: tuple[int, int]
 
     def result(self, hits: list[Hit]) -> SearchResult:
         """The answer with these hits."""
@@ -473,7 +508,7 @@ def candidates_of(stored: Mapping[int, tuple[ImageRecord, Features]]) -> dict[in
 
 
 def named_of(records: Mapping[int, ImageRecord]) -> dict[int, Named]:
-    """The same for images that only have votes."""
+    """The same for images that were not compared."""
     return {key: Named(record.image_id, record.uri, record.metadata) for key, record in records.items()}
 
 
@@ -488,6 +523,11 @@ class _StoreSource:
         self, descriptors: npt.NDArray[np.float32], k: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         return self._store.neighbours(descriptors, k, self._where)
+
+    def similar(
+        self, descriptor: npt.NDArray[np.float32], k: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        return self._store.similar(descriptor, k, self._where)
 
     def candidates(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Candidate]:
         return candidates_of(self._store.stored(image_keys))

@@ -65,6 +65,10 @@ PRESETS: dict[Preset, ExtractionPlan] = {
 }
 
 
+MOST_ANSWERS = 1000
+"""Answers that a search can be asked for."""
+
+
 class _Stage(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -197,14 +201,20 @@ class IngestSettings(_Stage):
 class SearchSettings(_Stage):
     """How candidates are found and answers ranked."""
 
-    top: int = Field(10, ge=1, le=1000, description="Answers at most.")
+    top: int = Field(10, ge=1, le=MOST_ANSWERS, description="Answers at most.")
     per_region: int = Field(
         0, ge=0, description="Verified answers at most for each thing that the query shows; 0: no limit."
     )
-    candidates: int = Field(100, ge=1, le=1000, description="Images that are verified, best votes first.")
+    candidates: int = Field(100, ge=1, le=1000, description="Images that are verified, best first.")
     neighbours: int = Field(120, ge=1, le=1000, description="Nearest descriptors fetched for each query descriptor.")
     mode: Literal["full", "hits"] = Field(
         "full", description="full matches against all stored descriptors of a candidate, hits only the neighbours."
+    )
+    parts: bool = Field(
+        False, description="Search for five overlapping parts of the photo too: finds small things, in six searches."
+    )
+    turned: bool = Field(
+        False, description="Search for the photo turned by 90, 180 and 270 degrees too, in four searches."
     )
     expand: int = Field(
         0,
@@ -220,6 +230,12 @@ class SearchSettings(_Stage):
     )
     inlier_weight: float = Field(
         0.75, ge=0, description="Weight of the inliers beside the votes, each divided by its mean over the best five."
+    )
+    global_weight: float = Field(
+        0.25, ge=0, description="Weight of the global descriptor beside the votes, divided likewise; 0: not asked for."
+    )
+    similar_images: int = Field(
+        1000, ge=2, le=16384, description="Images that are fetched by their global descriptor, the most similar ones."
     )
 
 

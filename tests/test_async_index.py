@@ -145,6 +145,22 @@ def test_a_second_look_is_that_of_the_synchronous_index(place: Settings) -> None
         assert {hit.image_id: (hit.inliers, hit.transform) for hit in wide.hits} == inliers
 
 
+def test_several_views_are_those_of_the_synchronous_index(place: Settings) -> None:
+    views = place.model_copy(update={"search": place.search.model_copy(update={"parts": True, "turned": True})})
+
+    async def searched() -> Any:
+        async with await AsyncDelfIndex.open(settings=views) as index:
+            for seed in range(4):
+                await index.add(make_photo(seed), f"{seed}.png")
+            return await index.search(np.rot90(cropped(1)), top_k=3, include_unverified=True)
+
+    found = run(searched)
+    with DelfIndex.open(settings=views, create=False) as index:
+        expected = index.search(np.rot90(cropped(1)), top_k=3, include_unverified=True)
+    assert len(found.hits) == 3
+    assert [hit.to_dict() for hit in found.hits] == [hit.to_dict() for hit in expected.hits]
+
+
 def test_the_loop_runs_on_while_threads_compute(place: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with await AsyncDelfIndex.open(settings=place, threads=1) as index:

@@ -38,6 +38,10 @@ def features(count: int = 10, seed: int = 0) -> Features:
         ({"attention": np.full(10, np.nan, np.float32)}, "finite"),
         ({"descriptors": np.ones((10, 8), np.float32)}, "unit"),
         ({"width": 0}, "pixel"),
+        ({"global_descriptor": np.ones(4, np.float32)}, "unit"),
+        ({"global_descriptor": np.full(4, np.nan, np.float32)}, "unit"),
+        ({"global_descriptor": np.ones(1)}, "float32"),
+        ({"global_descriptor": np.ones((1, 1), np.float32)}, "vector"),
     ],
 )
 def test_what_breaks_an_invariant_is_refused(change: dict[str, object], message: str) -> None:

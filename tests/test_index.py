@@ -147,6 +147,39 @@ def test_a_homography_is_given_on_request(tmp_path: Path) -> None:
     assert error < affine_error
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_turned_photo_is_found_upright_where_that_is_asked_for(
+    photo_folder: Path, tmp_path: Path, turns: int
+) -> None:
+    settings = Settings(extract={"preset": "fast"}, search={"turned": True})  # type: ignore[arg-type]
+    with DelfIndex.open(tmp_path / "turned.db", settings=settings) as opened:
+        opened.ingest([photo_folder])
+        upright = cropped(3)
+        hit = opened.search(np.rot90(upright, turns)).hits[0]
+    assert (hit.image_id, hit.rank, hit.region) == ("scene3.png", 1, 1)
+    # A corner of the crop, where it is in the turned query and in the stored photo.
+    place = {1: (0, 249), 2: (249, 189), 3: (189, 0)}[turns]
+    np.testing.assert_allclose(np.array(hit.transform) @ (*place, 1), (40, 30), atol=24)
+    assert hit.query_box is not None
+    assert max(hit.query_box) < 250
+
+
+def test_a_small_thing_is_found_in_a_part_where_that_is_asked_for(photo_folder: Path, tmp_path: Path) -> None:
+    canvas = np.random.default_rng(0).integers(0, 256, (600, 800, 3)).astype(np.uint8)
+    canvas[:] = cv2.GaussianBlur(canvas, (0, 0), 9)
+    canvas[380:570, 530:780] = cropped(3)
+    settings = Settings(extract={"preset": "fast"}, search={"parts": True})  # type: ignore[arg-type]
+    with DelfIndex.open(tmp_path / "parts.db", settings=settings) as opened:
+        opened.ingest([photo_folder])
+        result = opened.search(canvas, top_k=1, box=(100, 100, 800, 600))
+    (hit,) = result.hits
+    assert hit.image_id == "scene3.png"
+    np.testing.assert_allclose(np.array(hit.transform) @ (530, 380, 1), (40, 30), atol=24)
+    x0, y0, x1, y1 = hit.query_box
+    assert 500 < x0 < x1 < 800
+    assert 350 < y0 < y1 < 600
+
+
 def test_explain_agrees_with_the_search_and_says_what_decided(index: DelfIndex) -> None:
     photo = cropped(3)
     hit = index.search(photo).hits[0]

@@ -105,7 +105,7 @@ def revisited(
     """Run the revisited Oxford or Paris protocol: mAP and mP@1/5/10, easy, medium and hard, with cropped queries.
 
     The pickle is read as data: containers, text, numbers and arrays; whatever else it asks for is refused. A ranking
-    has 1000 images at most: the candidates of the search first, then the rest by votes.
+    has 1000 images at most: the candidates of the search first, then the rest of the shortlist.
 
     Example: delf-milvus --collection roxford eval revisited gnd_roxford5k.pkl oxford/jpg --out roxford-report
     """

@@ -45,6 +45,13 @@ def search(
     expand: Annotated[
         int | None, typer.Option(help="Sure answers whose features join the query for a second look. Default: 0")
     ] = None,
+    parts: Annotated[
+        bool,
+        typer.Option("--parts", help="Search for five parts of the photo too: finds small things, six times slower."),
+    ] = False,
+    turned: Annotated[
+        bool, typer.Option("--turned", help="Search for the photo turned by 90, 180 and 270 degrees too.")
+    ] = False,
     per_region: Annotated[
         int | None, typer.Option(help="Answers at most for each thing in a photo of several. Default: no limit")
     ] = None,
@@ -71,7 +78,7 @@ def search(
     stages: Stages = {
         "search": {
             **{"top": top, "candidates": candidates, "mode": mode},
-            **{"per_region": per_region, "expand": expand},
+            **{"per_region": per_region, "expand": expand, "parts": parts or None, "turned": turned or None},
         },
         "extract": {"preset": preset},
         "verify": {"max_false_alarm": max_false_alarm},

@@ -118,6 +118,9 @@ def reduction(
     exclude: Exclude = None,
     selection: Annotated[str, typer.Option(help="attention or norm.")] = "attention",
     dim: Annotated[int, typer.Option(min=2, max=1024)] = 40,
+    global_dim: Annotated[
+        int, typer.Option(min=0, max=1024, help="Length of the global descriptor; 0: the model has none.")
+    ] = 128,
 ) -> None:
     """Fit the reduction on selected descriptors and export the finished model.
 
@@ -134,6 +137,7 @@ def reduction(
         exclude=_names(exclude),
         selection="norm" if selection == "norm" else "attention",
         dim=dim,
+        global_dim=global_dim,
     )
     typer.echo(fit_reduction(config, _say))
 

@@ -44,6 +44,9 @@ class MemoryCollection:
             self._index.train(descriptors[np.sort(sample)])
             self._index.nprobe = max(8, round(lists * LISTS_VISITED))
         self._index.add(descriptors)
+        length = max((len(f.global_descriptor) for f in self.features), default=0)
+        none = np.zeros(length, np.float32)
+        self._globals = np.array([f.global_descriptor if len(f.global_descriptor) else none for f in self.features])
 
     def neighbours(
         self, descriptors: npt.NDArray[np.float32], k: int
@@ -51,6 +54,14 @@ class MemoryCollection:
         """Feature keys (Q, k) and similarities (Q, k)."""
         similarities, rows = self._index.search(descriptors, k)
         return np.where(rows >= 0, self._keys[rows], -1), similarities
+
+    def similar(
+        self, descriptor: npt.NDArray[np.float32], k: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Numbers (N,) and similarities (N,) of the nearest images by global descriptor; exact."""
+        similarities = self._globals @ descriptor
+        nearest = np.argsort(-similarities, kind="stable")[:k]
+        return nearest, similarities[nearest]
 
     def candidates(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Candidate]:
         """The images of these numbers."""

@@ -28,6 +28,7 @@ from delf_milvus.imaging.chart import Mark, scatter_picture
 from delf_milvus.imaging.draw import save_picture
 from delf_milvus.index import DelfIndex
 from delf_milvus.retrieval.search import Candidate, Timings, judge_candidates
+from delf_milvus.retrieval.shortlist import NOBODY
 from delf_milvus.settings import Profile, Settings
 from delf_milvus.store.keys import feature_keys
 from delf_milvus.store.profiles import (
@@ -165,6 +166,10 @@ class _Source:
 
     def neighbours(self, descriptors: Float32Array, k: int) -> tuple[Int64Array, Float32Array]:
         return self._found
+
+    def similar(self, descriptor: Float32Array, k: int) -> tuple[Int64Array, Float32Array]:
+        """None: what is tuned is the index of the local descriptors."""
+        return NOBODY
 
     def candidates(self, image_keys: Int64Array) -> dict[int, Candidate]:
         return {key: self._sample.images[key] for key in image_keys.tolist() if key in self._sample.images}

@@ -1,6 +1,8 @@
-"""The DELF network: trunk, attention head and reduction."""
+"""The DELF network: trunk, attention head, reduction, and the reduction of the global descriptor."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ class AttentionHead(nn.Module):
 
 
 class Reduction(nn.Module):
-    """L2, subtract mean, project, L2: the post-processing of every descriptor, always in fp32.
+    """L2, subtract mean, project, L2: the post-processing of every descriptor, local or global, always in fp32.
 
     Takes (N, C) descriptors, returns (N, dim).
     """
@@ -46,8 +48,22 @@ class Reduction(nn.Module):
         return nn.functional.normalize((x - self.mean) @ self.projection.T, dim=1)
 
 
+def pooled(levels: Sequence[Tensor], power: float = 3.0) -> Tensor:
+    """One vector of unit length, (C,), of a photo's maps: generalised mean over the cells, then the mean over levels.
+
+    levels: the map of each pyramid level, (n, C), never negative. Each level counts as much as the others. Source:
+    Radenovic et al., Fine-tuning CNN image retrieval with no human annotation, TPAMI 2018.
+    """
+    total = torch.zeros(levels[0].shape[1], device=levels[0].device)
+    for cells in levels:
+        mean = cells.float().clamp(min=1e-6).pow(power).mean(dim=0).pow(1 / power)
+        total += nn.functional.normalize(mean, dim=0)
+    return nn.functional.normalize(total, dim=0)
+
+
 class Delf(nn.Module):
-    """Trunk, attention head (where the specification has one) and reduction.
+    """Trunk, attention head (where the specification has one), reduction, and that of the global descriptor (where the
+    specification has one).
 
     `forward` takes RGB in [0, 255], (N, 3, H, W), and returns (features (N, C, h, w), scores (N, 1, h, w)).
     """
@@ -59,6 +75,7 @@ class Delf(nn.Module):
         self.trunk = Trunk(spec.trunk)
         self.attention = AttentionHead(channels, spec.attention_channels) if spec.attention_channels else None
         self.reduction = Reduction(channels, spec.dim)
+        self.global_reduction = Reduction(channels, spec.global_dim) if spec.global_dim else None
 
     def forward(self, pixels: Tensor, selection: Selection | None = None) -> tuple[Tensor, Tensor]:
         raw, features = self.trunk(pixels)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from delf_milvus.features import Box, Features, clipped_box
 from delf_milvus.model import weights
+from delf_milvus.model.delf import pooled
 from delf_milvus.model.runtime import prepare, resolve_dtype
 from delf_milvus.model.spec import fingerprint_of, resolve, selection_of
 from delf_milvus.settings import ExtractSettings
@@ -63,12 +64,20 @@ class Extractor:
             order = torch.sort(scores, descending=True, stable=True).indices[:count]
             maps = torch.cat([level[1] for level in levels])[order]
             descriptors = self._network.reduction(maps).cpu().numpy()
+            global_descriptor = self._global_descriptor([level[1] for level in levels])
             attention = scores[order].cpu().numpy()
         rows = order.cpu().numpy()
         locations = np.concatenate([level[2] for level in levels])[rows]
         scales = np.concatenate([level[3] for level in levels])[rows]
         locations += np.array([x0, y0], np.float32)
-        return Features(locations, scales, attention, descriptors, width, height)
+        return Features(locations, scales, attention, descriptors, width, height, global_descriptor)
+
+    def _global_descriptor(self, maps: list[Tensor]) -> npt.NDArray[np.float32]:
+        """(G,) float32, of the maps (n, C) of all levels; of length 0 where the model has none."""
+        reduction = self._network.global_reduction
+        if reduction is None:
+            return np.zeros(0, np.float32)
+        return np.asarray(reduction(pooled(maps)[None])[0].cpu().numpy())
 
     def _level(
         self, region: RgbImage, scale: float

@@ -66,12 +66,14 @@ class ModelSpec:
         raw output of the last stage and needs no head.
     dim: length of the reduced descriptors.
     attention_channels: hidden channels of the attention head; 0 where the file has no head.
+    global_dim: length of the global descriptor; 0 where the file has no reduction for one.
     """
 
     trunk: TrunkSpec = field(default_factory=TrunkSpec)
     selection: Selection = "attention"
     dim: int = 40
     attention_channels: int = 512
+    global_dim: int = 0
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelSpec:
@@ -132,4 +134,5 @@ def fingerprint_of(path: Path, settings: ExtractSettings) -> Fingerprint:
         longest_side=plan.longest_side,
         scales=plan.scales,
         stride=spec.trunk.stride,
+        global_dim=spec.global_dim,
     )

@@ -33,7 +33,7 @@ def save(
     def stored(name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu().contiguous()
         # A BatchNorm variance below 6e-5 would lose bits in fp16, and vectors weigh next to nothing.
-        return tensor.half() if half and tensor.ndim >= 2 and not name.startswith("reduction.") else tensor
+        return tensor.half() if half and tensor.ndim >= 2 and "reduction." not in name else tensor
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -31,7 +31,7 @@ Transform = list[list[float]]
 
 @dataclass(frozen=True)
 class Named:
-    """What is said of a stored image that only has votes."""
+    """What is said of a stored image that was not compared."""
 
     image_id: str
     uri: str
@@ -62,7 +62,7 @@ class Hit:
     """One answer.
 
     verified: the evidence passes the bar. compared: whether it was matched and verified; images beyond the candidates
-    only have votes. inliers: matches that one affine transform explains, counted by place;
+    were not. inliers: matches that one affine transform explains, counted by place;
     putatives: matches before geometry. confidence: probability that it shows the same thing, if half of all queries
     have a match. false_alarm: share of queries without a match whose best answer has at least this evidence; the bar is
     set on it. score: what orders the hits. transform: query pixels to image pixels,
@@ -149,7 +149,7 @@ def answer(
     include_unverified: bool = False,
 ) -> list[Hit]:
     """The hits of a query, verified ones first by score; with `include_unverified` the other candidates after them, and
-    then the images that only have votes.
+    then the images that were not compared.
 
     query_box: the part of the query photo that was searched for, x0, y0, x1, y1.
     """
@@ -228,7 +228,7 @@ def late_keys(
 
 
 def late_hits(judged: Judgement, named: Mapping[int, Named], search: SearchSettings, hits: list[Hit]) -> list[Hit]:
-    """The hits that only have votes, after those that were verified or tried. named: images of `late_keys`."""
+    """The hits that were not compared, after those that were verified or tried. named: images of `late_keys`."""
     known = {candidate.image_id for candidate in judged.candidates}
     none = np.empty((0, 2), np.float32)
     rest = [

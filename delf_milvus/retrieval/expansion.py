@@ -58,6 +58,7 @@ def expanded(query: Features, found: Sequence[Found], box: Box, most: int = MOST
         np.concatenate([sums.astype(np.float32), *descriptors])[order],
         query.width,
         query.height,
+        query.global_descriptor,
     )
 
 

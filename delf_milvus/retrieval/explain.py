@@ -12,7 +12,8 @@ from delf_milvus.retrieval.answers import Transform, verified_regions
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.search import Candidate, Judgement, Timings, judge
 from delf_milvus.retrieval.second_look import agreed
-from delf_milvus.retrieval.voting import Votes
+from delf_milvus.retrieval.shortlist import Shortlist, shortlist
+from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import SearchSettings, VerifySettings
 
 
@@ -21,8 +22,10 @@ class Explanation:
     """One image in one search.
 
     query_features, image_features: how many there are. voting_features: of the query, that have the image among their
-    neighbours. votes: its score, vote_rank: its rank among voted_images by that, None without a vote. candidate:
-    whether it was verified as one of the best by votes; the rest is then as in the search, and otherwise what it would
+    neighbours. votes: their votes, vote_rank: its rank among voted_images by them, None without a vote. similarity: of
+    its global descriptor, None where it is not among the nearest that were fetched. shortlist_rank: among the images
+    that come into question by both, None where it is none of them. candidate:
+    whether it was verified as one of the first of these; the rest is then as in the search, and otherwise what it would
     have been. putatives: matches before geometry. inliers, transform, confidence, false_alarm, verified: as of a hit.
     cells: of an 8 x 8 grid over the query in which inliers lie. residual: median distance of an inlier from the
     transform, pixels of the image. scale_agreement: share of the inliers whose scales agree with the transform.
@@ -37,6 +40,8 @@ class Explanation:
     votes: float
     vote_rank: int | None
     voted_images: int
+    similarity: float | None
+    shortlist_rank: int | None
     candidate: bool
     putatives: int
     inliers: int
@@ -58,7 +63,7 @@ class Explanation:
 
 def explain(
     query: Features,
-    votes: Votes,
+    chosen: Shortlist,
     key: int,
     stored: dict[int, Candidate],
     search: SearchSettings,
@@ -70,7 +75,7 @@ def explain(
     The rank is that of a search without expansion, whose second look would need the database again.
     """
     image = stored[key]
-    judged = judge(query, votes, stored, search, verify, Timings())
+    judged = judge(query, chosen, stored, search, verify, Timings())
     judged = agreed(judged, search, verify, calibration, Timings())
     position = next((i for i, one in enumerate(judged.candidates) if one.image_id == image.image_id), None)
     candidate = position is not None
@@ -80,7 +85,10 @@ def explain(
     confidence, false_alarm = calibration.assess(judged.evidence)
     verified = false_alarm <= verify.max_false_alarm
     order = list(verified_regions(query, judged, verified, search.per_region))[: search.top] if candidate else []
-    row = int(np.flatnonzero(votes.images == key)[0]) if key in votes.images else None
+    votes = chosen.votes
+    place = int(np.flatnonzero(chosen.images == key)[0]) if key in chosen.images else None
+    row = None if place is None or chosen.rows[place] < 0 else int(chosen.rows[place])
+    alike = None if place is None or np.isnan(chosen.similarities[place]) else float(chosen.similarities[place])
     found = judged.verifications[position]
     explanation = Explanation(
         image_id=image.image_id,
@@ -90,6 +98,8 @@ def explain(
         votes=0.0 if row is None else float(votes.scores[row]),
         vote_rank=None if row is None else row + 1,
         voted_images=len(votes),
+        similarity=alike,
+        shortlist_rank=None if place is None else place + 1,
         candidate=candidate,
         putatives=len(judged.matches[position].query),
         inliers=found.inliers,
@@ -109,8 +119,8 @@ def explain(
 
 def _alone(query: Features, key: int, image: Candidate, search: SearchSettings, verify: VerifySettings) -> Judgement:
     """The judgement of an image that is no candidate, as if it were the only one."""
-    none = np.empty(0, np.intp)
-    only = Votes(np.array([key], np.int64), np.zeros(1), none, none, np.empty(0, np.float32), np.zeros(2, np.intp))
+    nobody = vote(np.empty((0, 0), np.int64), np.empty((0, 0), np.float32))
+    only = shortlist(nobody, np.array([key], np.int64), np.ones(1, np.float32), search.global_weight)
     full = search.model_copy(update={"mode": "full"})
     return judge(query, only, {key: image}, full, verify, Timings())
 
@@ -119,12 +129,15 @@ def _verdict(found: Explanation, search: SearchSettings) -> str:
     geometry = _geometry(found)
     if not found.query_features:
         return "The query has no features."
-    if found.vote_rank is None:
-        return f"No feature of the query has a neighbour in it: it was no candidate. Compared all the same, {geometry}"
+    if found.shortlist_rank is None:
+        return (
+            "No feature of the query has a neighbour in it, and its whole is not similar: it was no candidate. "
+            f"Compared all the same, {geometry}"
+        )
     if not found.candidate:
         return (
-            f"It is number {found.vote_rank} by votes, and the best {search.candidates} are verified (--candidates). "
-            f"Compared all the same, {geometry}"
+            f"It is number {found.shortlist_rank} by votes and similarity, and the best {search.candidates} are "
+            f"verified (--candidates). Compared all the same, {geometry}"
         )
     if found.verified and found.rank is None:
         return f"It is verified, but not among the answers that are shown (--top, --per-region): {geometry}"

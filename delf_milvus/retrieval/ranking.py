@@ -1,4 +1,4 @@
-"""How votes and inliers become one order of the candidates."""
+"""How the shortlist's scores and inliers become one order of the candidates."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ INLIER_LEVEL = 40.0
 
 
 def combined_scores(
-    votes: npt.ArrayLike, inliers: npt.ArrayLike, inlier_weight: float, best: int = 5, least: float = INLIER_LEVEL
+    shortlisted: npt.ArrayLike, inliers: npt.ArrayLike, inlier_weight: float, best: int = 5, least: float = INLIER_LEVEL
 ) -> Floats:
-    """Votes plus weighted inliers, (N,), each divided by its mean over its own `best` largest values.
+    """Scores of the shortlist plus weighted inliers, (N,), these divided by their mean over the `best` largest.
 
     Either term alone ranks worse than their sum: votes see what geometry cannot model, inliers see what chance
     cannot arrange. Dividing makes the weight mean the same for photos with few and with many features. least: what the
     inliers are divided by at least.
     """
-    return relative(votes, best) + inlier_weight * relative(inliers, best, least)
+    return np.asarray(shortlisted, np.float64) + inlier_weight * relative(inliers, best, least)
 
 
 def relative(values: npt.ArrayLike, best: int = 5, least: float = 0.0) -> Floats:

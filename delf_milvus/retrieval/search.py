@@ -1,8 +1,8 @@
-"""The search of one query photo: vote, fetch, match, verify, rank.
+"""The search of one query photo: vote, shortlist, fetch, match, verify, rank.
 
-The database is behind two calls (`CandidateSource`), so that the same search runs over Milvus, over arrays in memory
-and over whatever a test needs. Who must wait for the database otherwise, calls the stages between: `vote` and `judge`.
-`answers` makes of it what is shown.
+The database is behind three calls (`CandidateSource`), so that the same search runs over Milvus, over arrays in memory
+and over whatever a test needs. Who must wait for the database otherwise, calls the stages between: `vote`, `shortlist`
+and `judge`. `answers` makes of it what is shown.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from delf_milvus.features import Features
 from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.matching import Matches, match_many
 from delf_milvus.retrieval.ranking import combined_scores
+from delf_milvus.retrieval.shortlist import NOBODY, Shortlist, shortlist
 from delf_milvus.retrieval.verification import Keypoints, Verification, verify_many
-from delf_milvus.retrieval.voting import Votes, vote
+from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import SearchSettings, VerifySettings
 
 
@@ -36,12 +37,17 @@ class Candidate:
 
 
 class CandidateSource(Protocol):
-    """Where neighbours and candidates come from."""
+    """Where neighbours, similar images and candidates come from."""
 
     def neighbours(
         self, descriptors: npt.NDArray[np.float32], k: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Feature keys (Q, k), -1 where there are fewer, and similarities (Q, k), falling along a row."""
+
+    def similar(
+        self, descriptor: npt.NDArray[np.float32], k: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Keys (N,) and similarities (N,) of the k images, or of all, whose global descriptor is nearest to (G,)."""
 
     def candidates(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Candidate]:
         """The stored images of these keys; an image that is not there is left out."""
@@ -77,7 +83,7 @@ class Judgement:
     """Every candidate of one search, in falling score; arrays of the same length N.
 
     evidence: (N, columns), as of `evidence.evidence`. rest, rest_scores: (R,) int64 keys and float64 scores of the
-    images that have votes, but too few to be a candidate, in falling score.
+    images of the shortlist that are too low to be a candidate, in falling score.
     """
 
     candidates: list[Candidate]
@@ -104,7 +110,7 @@ class Judgement:
         )
 
     def joined(self, other: Judgement) -> Judgement:
-        """These candidates and then the others, without those that only have votes."""
+        """These candidates and then the others, without the rest."""
         return Judgement(
             self.candidates + other.candidates,
             self.verifications + other.verifications,
@@ -121,25 +127,38 @@ def judge_candidates(
     query: Features, source: CandidateSource, search: SearchSettings, verify: VerifySettings, timings: Timings
 ) -> Judgement:
     """Find, match and verify the candidates of a query."""
+    chosen = shortlisted(query, source, search, timings)
+    with timings.measure("geometry"):
+        stored = source.candidates(chosen.images[: search.candidates])
+    return judge(query, chosen, stored, search, verify, timings)
+
+
+def shortlisted(query: Features, source: CandidateSource, search: SearchSettings, timings: Timings) -> Shortlist:
+    """The images that come into question for a query."""
     with timings.measure("neighbours"):
         keys, similarities = source.neighbours(query.descriptors, search.neighbours)
+        similar = NOBODY
+        if asks_globally(query, search):
+            similar = source.similar(query.global_descriptor, search.similar_images)
     with timings.measure("vote"):
-        votes = vote(keys, similarities)
-    with timings.measure("geometry"):
-        stored = source.candidates(votes.images[: search.candidates])
-    return judge(query, votes, stored, search, verify, timings)
+        return shortlist(vote(keys, similarities), *similar, search.global_weight)
+
+
+def asks_globally(query: Features, search: SearchSettings) -> bool:
+    """Whether the database is asked for images with a similar global descriptor."""
+    return len(query.global_descriptor) > 0 and search.global_weight > 0
 
 
 def judge(
     query: Features,
-    votes: Votes,
+    chosen: Shortlist,
     stored: Mapping[int, Candidate],
     search: SearchSettings,
     verify: VerifySettings,
     timings: Timings,
 ) -> Judgement:
-    """Match and verify the images with the most votes; `stored` has those of them that exist, by image key."""
-    images = votes.images[: search.candidates].tolist()
+    """Match and verify the first of the shortlist; `stored` has those of them that exist, by image key."""
+    images = chosen.images[: search.candidates].tolist()
     # A feature without its image row is what a crash left: that image does not exist.
     rows = [row for row, image in enumerate(images) if image in stored]
     candidates = [stored[images[row]] for row in rows]
@@ -147,15 +166,13 @@ def judge(
         if search.mode == "full":
             matches = match_many(query.descriptors, [c.features.descriptors for c in candidates], verify.similarity)
         else:
-            matches = [votes.hits(row, verify.similarity) for row in rows]
+            matches = [chosen.hits(row, verify.similarity) for row in rows]
             matches = [_existing(m, c) for m, c in zip(matches, candidates, strict=True)]
     with timings.measure("verify"):
-        judged = verified_candidates(query, candidates, matches, verify, votes.scores[rows])
-        rest, later = votes.images[search.candidates :], votes.scores[search.candidates :]
-        inliers = np.concatenate([judged.inliers, np.zeros(len(rest), np.int64)])
-        scores = combined_scores(np.concatenate([judged.scores, later]), inliers, search.inlier_weight)
-        judged = replace(judged, rest=rest, rest_scores=scores[len(rows) :])
-        return judged.ordered(scores[: len(rows)])
+        judged = verified_candidates(query, candidates, matches, verify, chosen.scores[rows])
+        rest, rest_scores = chosen.images[search.candidates :], chosen.scores[search.candidates :]
+        judged = replace(judged, rest=rest, rest_scores=rest_scores)
+        return judged.ordered(combined_scores(judged.scores, judged.inliers, search.inlier_weight))
 
 
 def verified_candidates(

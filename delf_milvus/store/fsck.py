@@ -26,7 +26,7 @@ from delf_milvus.store.columns import METADATA, write_columns
 from delf_milvus.store.connection import Connection
 from delf_milvus.store.keys import IMAGE_KEY_BITS, feature_keys, image_key
 from delf_milvus.store.records import Row
-from delf_milvus.store.schema import CollectionFacts, keypoint_fields
+from delf_milvus.store.schema import GLOBAL, CollectionFacts, keypoint_fields
 
 REMEDIES = {
     "orphan_features": "features without an image row: --repair deletes them",
@@ -232,11 +232,12 @@ class Fsck:
                 exact = self._of_rows(image, rows[:count])
                 if isinstance(exact, Features):
                     record = records.record_of(image, self._facts.tenant_field)
-                    self._write(self._images, [records.image_row(record, exact, self._facts.chunks)])
+                    row = records.image_row(record, exact, self._facts)
+                    self._write(self._images, [{**row, GLOBAL: image[GLOBAL]}])
 
     def _read(self, key: int) -> tuple[Row | None, list[Row]]:
         """One image's row, with its metadata, and all its features."""
-        images = self._get(self._images, "image_key", [key], (*self._image_fields, METADATA))
+        images = self._get(self._images, "image_key", [key], (*self._image_fields, METADATA, GLOBAL))
         # A key that is no image's has no features: theirs would not fit an INT64.
         keys = feature_keys(key, MAX_FEATURES).tolist() if 0 <= key < 1 << IMAGE_KEY_BITS else []
         return (images[0] if images else None), self._get(self._features, "feature_key", keys, self._feature_fields)
@@ -327,7 +328,7 @@ class Fsck:
     def _single(self, name: str, keys: list[int]) -> None:
         """Leave one row of each key: the one that reads see."""
         images = name == self._images
-        fields = (*self._image_fields, METADATA, "global_descriptor") if images else self._feature_fields
+        fields = (*self._image_fields, METADATA, GLOBAL) if images else self._feature_fields
         rows = self._get(name, "image_key" if images else "feature_key", keys, fields)
         if images:
             rows = [records.described(row, records.record_of(row, self._facts.tenant_field)) for row in rows]

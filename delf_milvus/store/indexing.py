@@ -28,12 +28,11 @@ from delf_milvus.store.profiles import (
     scalar_index,
     search_params,
 )
-from delf_milvus.store.schema import Field
+from delf_milvus.store.schema import GLOBAL, Field
 
 log = logging.getLogger(__name__)
 
 FEATURE_VECTOR = "descriptor"
-IMAGE_VECTOR = "global_descriptor"
 
 BUILD_SECONDS = 6 * 3600.0
 """Patience with what may build an index, seconds."""
@@ -117,7 +116,7 @@ class Indexing:
         self._db = database
         self._client = database.client
         self._features = features
-        self._vectors = {features: FEATURE_VECTOR, images: IMAGE_VECTOR}
+        self._vectors = {features: FEATURE_VECTOR, images: GLOBAL}
         self._settings = settings
         self.engine = Engine.of(database.version)
         self._dim = dim
@@ -152,9 +151,10 @@ class Indexing:
                 params.add_index(field.name, index_type=kind, index_name=field.name)
         return params
 
-    def search_params(self, k: int) -> dict[str, Any]:
-        """What to search k neighbours with, for the index that the features were loaded with."""
-        return {"metric_type": METRIC, "params": self._search_params(self._current, k)}
+    def search_params(self, name: str, k: int) -> dict[str, Any]:
+        """What to search k neighbours in a collection with, for the index that it was loaded with."""
+        known = name == self._features
+        return {"metric_type": METRIC, "params": self._search_params(self._current, k) if known else {}}
 
     def _search_params(self, index: BuiltIndex, k: int) -> dict[str, float]:
         own = self._settings

@@ -24,11 +24,11 @@ from delf_milvus.store import records
 from delf_milvus.store.attached import SESSION, AttachedCollections
 from delf_milvus.store.columns import METADATA, Columns
 from delf_milvus.store.filters import Filter, both, expression, quoted
-from delf_milvus.store.hits import joined_hits, search_arrays
+from delf_milvus.store.hits import PADDING_KEY, Hits, joined_hits, search_arrays
 from delf_milvus.store.indexing import NO_INDEX
 from delf_milvus.store.keys import IMAGE_KEY_BITS, Int64Array, feature_keys, image_key
 from delf_milvus.store.records import ImageRecord, Row
-from delf_milvus.store.schema import CollectionFacts, keypoint_fields
+from delf_milvus.store.schema import GLOBAL, CollectionFacts, keypoint_fields
 
 Ids = list[str]
 Keys = list[int]
@@ -127,35 +127,72 @@ class StoreReader(AttachedCollections):
             )
         queries = np.ascontiguousarray(descriptors, dtype=np.float32)
         self._ensure_loaded(self._features)
-        common = {
-            "collection_name": self._features,
-            "anns_field": "descriptor",
-            "limit": k,
-            "filter": both(self._of_tenant(facts), expression(where, facts.declared)),
-            "search_params": self._indexing.search_params(k),
-            # Without any output field Milvus Lite would return all of them.
-            "output_fields": ["feature_key"] if self._db.backend == "lite" else [],
-            "consistency_level": self._settings.consistency.capitalize(),
-        }
+        common = self._search_call(facts, self._features, "descriptor", k, where)
         step = max(1, min(_QUERIES, _HITS // k))
         return [{**common, "data": list(queries[start : start + step])} for start in range(0, len(queries), step)]
 
-    def stored(self, image_keys: Iterable[int]) -> dict[int, tuple[ImageRecord, Features]]:
+    def similar(self, descriptor: Float32Array, k: int, where: Filter = "") -> tuple[Int64Array, Float32Array]:
+        """The k images whose global descriptor is most similar to one, (G,) float32 of unit norm.
+
+        Returns image keys (N,) int64 and similarities (N,) float32, nearest first, N <= k: there may be fewer images,
+        and there are none without a collection. where, tenants and errors as for `neighbours`.
+        """
+        search = partial(search_arrays, self._client)
+        calls = self.similar_calls(descriptor, k, where)
+        return self.similar_answer([self._reading("searching for images", search, **call) for call in calls])
+
+    def similar_calls(self, descriptor: Float32Array, k: int, where: Filter = "") -> list[dict[str, Any]]:
+        """Arguments of the client's `search`, whose result `similar_answer` reads, as `neighbour_calls` gives them."""
+        facts = self._attach()
+        if facts is None or not len(descriptor):
+            return []
+        if len(descriptor) != facts.fingerprint.global_dim:
+            raise CollectionError(
+                f"The query has a global descriptor of {len(descriptor)} components, the collection "
+                f"{self._collection!r} of {facts.fingerprint.global_dim}: search with the model that it was made with."
+            )
+        self._ensure_loaded(self._images)
+        return [self._search_call(facts, self._images, GLOBAL, k, where) | {"data": [descriptor]}]
+
+    def similar_answer(self, results: Iterable[Hits]) -> tuple[Int64Array, Float32Array]:
+        """What `similar` returns, from the results of `similar_calls` as arrays."""
+        keys, similarities = joined_hits(list(results), 1, 0)
+        there = keys[0] != PADDING_KEY
+        return keys[0, there], similarities[0, there]
+
+    def _search_call(self, facts: CollectionFacts, name: str, vector: str, k: int, where: Filter) -> dict[str, Any]:
+        """Arguments of the client's `search` in one of the collections, without the vectors."""
+        return {
+            "collection_name": name,
+            "anns_field": vector,
+            "limit": k,
+            "filter": both(self._of_tenant(facts), expression(where, facts.declared)),
+            "search_params": self._indexing.search_params(name, k),
+            # Without any output field Milvus Lite would return all of them.
+            "output_fields": ["feature_key" if name == self._features else "image_key"]
+            if self._db.backend == "lite"
+            else [],
+            "consistency_level": self._settings.consistency.capitalize(),
+        }
+
+    def stored(self, image_keys: Iterable[int], *, globally: bool = False) -> dict[int, tuple[ImageRecord, Features]]:
         """Record and packed features of those of the images that exist, by image key, in the given order.
 
-        Keypoints and descriptors are rounded as `codec` says. Raises DatabaseError, also for damaged features.
+        Keypoints and descriptors are rounded as `codec` says. globally: with their global descriptors, which
+        verification does not need. Raises DatabaseError, also for damaged features.
         """
         wanted = [int(key) for key in image_keys]
-        calls = self.stored_calls(wanted)
+        calls = self.stored_calls(wanted, globally=globally)
         return self.stored_answer(wanted, [self._reading("reading images", self._client.get, **call) for call in calls])
 
-    def stored_calls(self, image_keys: Sequence[int]) -> list[dict[str, Any]]:
+    def stored_calls(self, image_keys: Sequence[int], *, globally: bool = False) -> list[dict[str, Any]]:
         """Arguments of the client's `get`, call by call, whose results `stored_answer` reads."""
         facts = self._attach()
         if facts is None:
             return []
         self._ensure_loaded(self._images)
-        fields = (*records.record_fields(facts), *keypoint_fields(facts.chunks))
+        whole = [GLOBAL] if globally and facts.fingerprint.global_dim else []
+        fields = (*records.record_fields(facts), *keypoint_fields(facts.chunks), *whole)
         return _get_calls(self._images, "image_key", image_keys, fields, self._settings.consistency.capitalize())
 
     def stored_answer(
@@ -189,7 +226,7 @@ class StoreReader(AttachedCollections):
         return {} if facts is None else _records_of(image_keys, rows, facts)
 
     def sample(self, count: int, seed: int = 0) -> dict[int, tuple[ImageRecord, Features]]:
-        """At most `count` images, drawn at random, as `stored` gives them.
+        """At most `count` images, drawn at random, as `stored` gives them with their global descriptors.
 
         Image keys are hashes, so the images whose keys lie in any one range are a random sample.
         """
@@ -212,7 +249,7 @@ class StoreReader(AttachedCollections):
         keys = sorted((int(row["image_key"]) for row in rows), key=lambda key: (key - first) % space)[:count]
         found: dict[int, tuple[ImageRecord, Features]] = {}
         for start in range(0, len(keys), _SAMPLED):
-            found.update(self.stored(keys[start : start + _SAMPLED]))
+            found.update(self.stored(keys[start : start + _SAMPLED], globally=True))
         return found
 
     def list(

@@ -22,6 +22,7 @@ from delf_milvus.store.columns import METADATA, Columns
 from delf_milvus.store.fields import typed_values
 from delf_milvus.store.keys import feature_keys, image_key
 from delf_milvus.store.schema import (
+    GLOBAL,
     MAX_ID_BYTES,
     MAX_METADATA_BYTES,
     MAX_URI_BYTES,
@@ -152,8 +153,13 @@ def completed(record: ImageRecord, features: Features, fingerprint: Fingerprint)
     )
 
 
-def global_descriptor(features: Features) -> Float32Array:
-    """Attention-weighted mean of the descriptors, unit L2 norm, (D,) float32; zeros where there is none."""
+def global_descriptor(features: Features, length: int) -> Float32Array:
+    """One vector of the whole photo, (G,) float32 of unit L2 norm: the model's, of this length, or where it has none
+    (0) the attention-weighted mean of the local descriptors. Zeros for a photo without any."""
+    if len(features.global_descriptor) == length > 0:
+        return features.global_descriptor
+    if length:
+        return np.zeros(length, np.float32)
     weights = np.clip(features.attention, 0, None).astype(np.float64)
     if not weights.any():
         weights = np.ones(len(features))
@@ -162,13 +168,13 @@ def global_descriptor(features: Features) -> Float32Array:
     return (mean / norm if norm > 0 else mean).astype(np.float32)
 
 
-def image_row(record: ImageRecord, features: Features, chunks: int) -> Row:
-    """The image's row, its packed features spread over `chunks` fields.
+def image_row(record: ImageRecord, features: Features, facts: CollectionFacts) -> Row:
+    """The image's row in a collection that was made for this.
 
     Raises CollectionError when the collection was made for fewer features an image.
     """
     try:
-        parts = split(pack(features), chunks)
+        parts = split(pack(features), facts.chunks)
     except ValueError as error:
         raise CollectionError(
             f"The {len(features)} features of image {record.image_id!r} are more than this collection was made for: "
@@ -176,8 +182,8 @@ def image_row(record: ImageRecord, features: Features, chunks: int) -> Row:
         ) from error
     row: Row = {**record.metadata, "image_key": record.key}
     row.update((name, getattr(record, name)) for name in RECORD_FIELDS)
-    row.update(zip(keypoint_fields(chunks), parts, strict=True))
-    row["global_descriptor"] = global_descriptor(features)
+    row.update(zip(keypoint_fields(facts.chunks), parts, strict=True))
+    row[GLOBAL] = global_descriptor(features, facts.fingerprint.global_dim)
     return row
 
 
@@ -243,12 +249,15 @@ def described(row: Row, record: ImageRecord) -> Row:
 
 
 def features_of(row: Row, chunks: int) -> Features:
-    """The features in an image's row that was asked for with its keypoint fields.
+    """The features in an image's row that was asked for with its keypoint fields, and perhaps GLOBAL.
 
     Raises DatabaseError when they are damaged.
     """
     try:
-        return unpack("".join(row[name] for name in keypoint_fields(chunks)))
+        features = unpack("".join(row[name] for name in keypoint_fields(chunks)))
+        whole = np.asarray(row.get(GLOBAL, ()), np.float32)
+        # Zeros stand for none.
+        return replace(features, global_descriptor=whole) if whole.any() else features
     except ValueError as error:
         raise DatabaseError(
             f"The stored features of image {row['image_id']!r} cannot be read, ingest it again: {error}."

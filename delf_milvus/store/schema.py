@@ -36,6 +36,9 @@ MAX_URI_BYTES = 8192
 MAX_METADATA_BYTES = 65000
 """Longest free metadata of one image, bytes of JSON: a dynamic field holds 65536."""
 
+GLOBAL = "global_descriptor"
+"""Field of an image's row: one vector of the whole photo."""
+
 FEATURES_SUFFIX = "_features"
 IMAGES_SUFFIX = "_images"
 
@@ -112,7 +115,8 @@ def keypoint_fields(chunks: int) -> list[str]:
 
 
 def images_spec(dim: int, chunks: int, declared: tuple[Field, ...] = ()) -> CollectionSpec:
-    """The collection with one row for each image, its packed features in `chunks` fields."""
+    """The collection with one row for each image, its packed features in `chunks` fields, global descriptors of `dim`
+    components."""
     return CollectionSpec(
         IMAGES_SUFFIX,
         "delf-milvus: one row for each image; an image without its row does not exist",
@@ -128,10 +132,10 @@ def images_spec(dim: int, chunks: int, declared: tuple[Field, ...] = ()) -> Coll
             Field("ingested_at", "VARCHAR", "ISO 8601, UTC", 64),
             Field("root", "VARCHAR", "folder that this image was ingested from", MAX_URI_BYTES),
             *(Field(name, "VARCHAR", "packed features, base64", MAX_TEXT) for name in keypoint_fields(chunks)),
-            Field("global_descriptor", "FLOAT_VECTOR", "attention-weighted mean descriptor, or zeros", dim),
+            Field(GLOBAL, "FLOAT_VECTOR", "of the whole photo: the model's, or the mean local one", dim),
             *declared,
         ),
-        "global_descriptor",
+        GLOBAL,
         dynamic=True,
         filtered=declared,
     )
@@ -161,7 +165,7 @@ class CollectionFacts:
     def images(self) -> CollectionSpec:
         """The collection of the images."""
         fields = declared_fields(self.declared, self.tenant_field)
-        return images_spec(self.fingerprint.dim, self.chunks, fields)
+        return images_spec(self.fingerprint.global_dim or self.fingerprint.dim, self.chunks, fields)
 
     def to_json(self) -> str:
         """Canonical JSON text, the value of the property `PROPERTY`."""

@@ -36,7 +36,7 @@ from delf_milvus.store.columns import METADATA, Columns, length
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.keys import IMAGE_KEY_BITS, feature_keys
 from delf_milvus.store.records import Row
-from delf_milvus.store.schema import SCHEMA_VERSION, CollectionFacts, keypoint_fields
+from delf_milvus.store.schema import GLOBAL, SCHEMA_VERSION, CollectionFacts, keypoint_fields
 from delf_milvus.store.tables import arrow_schema, from_table, to_table
 
 MANIFEST = "manifest.json"
@@ -487,7 +487,7 @@ def _checked(
         packed = unpack(text)
         if (len(packed), packed.width, packed.height) != (count, row["width"], row["height"]):
             raise ValueError(f"the packed features of image {record.image_id!r} are not its own")
-        if not np.isfinite(row["global_descriptor"]).all():
+        if not np.isfinite(row[GLOBAL]).all():
             raise ValueError(f"the descriptor of image {record.image_id!r} is not finite")
         row.update(zip(keypoint_fields(chunks), split(text, chunks), strict=True))
         part = {name: values[start : start + count] for name, values in columns.items()}

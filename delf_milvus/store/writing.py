@@ -24,7 +24,7 @@ from delf_milvus.store.columns import Columns, joined, length, slices, write_col
 from delf_milvus.store.keys import feature_keys
 from delf_milvus.store.reading import STRONG, Ids, Keys, StoreReader
 from delf_milvus.store.records import ImageRecord, Row
-from delf_milvus.store.schema import CollectionSpec, keypoint_fields
+from delf_milvus.store.schema import GLOBAL, CollectionSpec, keypoint_fields
 
 _DELETED = 16384
 _DESCRIBED = 100
@@ -70,14 +70,14 @@ class StoreWriter(StoreReader):
                 complete[record.key] = (records.completed(record, features, fingerprint), features)
                 if chunks_needed(len(features), fingerprint.dim) > facts.chunks:
                     # It may fit all the same, but that must be known now.
-                    records.image_row(record, features, facts.chunks)
+                    records.image_row(record, features, facts)
             columns = {
                 key: records.feature_columns(key, features, facts.features, record.metadata)
                 for key, (record, features) in complete.items()
             }
             self._replace({key: record.image_id for key, (record, _) in complete.items()}, columns)
             # Packed while the server imports.
-            rows = [records.image_row(record, features, facts.chunks) for record, features in complete.values()]
+            rows = [records.image_row(record, features, facts) for record, features in complete.values()]
             self._bulk.finish()
             self._write_images(rows)
 
@@ -131,7 +131,7 @@ class StoreWriter(StoreReader):
                 return
             self._check_current()
             names = [field.name for field in facts.declared]
-            fields = (*records.RECORD_FIELDS, *names, *keypoint_fields(facts.chunks), "global_descriptor")
+            fields = (*records.RECORD_FIELDS, *names, *keypoint_fields(facts.chunks), GLOBAL)
             for start in range(0, len(changed), _DESCRIBED):
                 batch = {record.key: record for record in changed[start : start + _DESCRIBED]}
                 found = self._rows(list(batch), fields)

@@ -36,7 +36,7 @@ from milvus_server import WheelServer
 
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.evaluation.metrics import average_precision, ns_score
-from delf_milvus.features import Features, Fingerprint
+from delf_milvus.features import ORDINAL_BITS, Features, Fingerprint
 from delf_milvus.imaging.decode import decode
 from delf_milvus.index import candidates_of, named_of
 from delf_milvus.model.extractor import Extractor
@@ -44,6 +44,7 @@ from delf_milvus.retrieval.answers import AnswerSource, Named
 from delf_milvus.retrieval.search import Candidate, Timings, judge_candidates
 from delf_milvus.settings import DecodeSettings, Profile, Settings, StoreSettings
 from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.keys import image_key
 from delf_milvus.store.records import ImageRecord
 
 SETS = ("ukbench", "landmarks", "multiview", "churches", "objects")
@@ -85,6 +86,7 @@ def write_features(path: Path, photos: PhotoSet) -> None:
         names=photos.names,
         counts=[len(f) for f in photos.features],
         sizes=[(f.width, f.height) for f in photos.features],
+        whole=[f.global_descriptor for f in photos.features],
         **{name: np.concatenate([getattr(f, name) for f in photos.features]) for name in FIELDS},
     )
 
@@ -93,8 +95,8 @@ def read_features(path: Path) -> PhotoSet:
     with np.load(path) as archive:
         ends = np.cumsum(archive["counts"])[:-1]
         arrays = [np.split(archive[name], ends) for name in FIELDS]
-        sizes = archive["sizes"].tolist()
-        features = [Features(*rows, width, height) for *rows, (width, height) in zip(*arrays, sizes, strict=True)]
+        rest = archive["sizes"].tolist(), archive["whole"]
+        features = [Features(*rows, *size, whole) for *rows, size, whole in zip(*arrays, *rest, strict=True)]
         return PhotoSet([str(name) for name in archive["names"]], features)
 
 
@@ -133,16 +135,22 @@ def note(figures: Figures, name: str, ranking: list[str], same: set[str]) -> Non
 
 
 class Without:
-    """A collection without one photo: what a photo reaches with itself says nothing of how it finds others."""
+    """A collection without one image: what a photo reaches with itself says nothing of how it finds others."""
 
-    def __init__(self, collection: AnswerSource, name: str) -> None:
-        self.neighbours = collection.neighbours
+    def __init__(self, collection: AnswerSource, key: int) -> None:
         self._collection = collection
-        self._name = name
+        self._key = key
+
+    def neighbours(self, descriptors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        keys, similarities = self._collection.neighbours(descriptors, k)
+        return np.where(keys >> ORDINAL_BITS == self._key, -1, keys), similarities
+
+    def similar(self, descriptor: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        keys, similarities = self._collection.similar(descriptor, k)
+        return keys[keys != self._key], similarities[keys != self._key]
 
     def candidates(self, image_keys: np.ndarray) -> dict[int, Candidate]:
-        found = self._collection.candidates(image_keys)
-        return {key: one for key, one in found.items() if one.image_id != self._name}
+        return self._collection.candidates(image_keys)
 
     def named(self, image_keys: np.ndarray) -> dict[int, Named]:
         return self._collection.named(image_keys)
@@ -156,6 +164,9 @@ class Stored:
 
     def neighbours(self, descriptors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return self.store.neighbours(descriptors, k)
+
+    def similar(self, descriptor: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.store.similar(descriptor, k)
 
     def candidates(self, image_keys: np.ndarray) -> dict[int, Candidate]:
         return candidates_of(self.store.stored(image_keys.tolist()))
@@ -197,7 +208,8 @@ def judge(photos: PhotoSet, collection: AnswerSource, settings: Settings, querie
     numbers = {name: number for number, name in enumerate(photos.names)}
     for done, name in enumerate(queries, 1):
         query = photos.features[numbers[name]].top(settings.extract.plan.query_features)
-        found = judge_candidates(query, Without(collection, name), settings.search, settings.verify, Timings())
+        own = image_key(name, "") if isinstance(collection, Stored) else numbers[name]
+        found = judge_candidates(query, Without(collection, own), settings.search, settings.verify, Timings())
         ranking = [candidate.image_id for candidate in found.candidates]
         ranking += [image.image_id for image in collection.named(found.rest[:DEEP]).values()]
         # UKBench counts a photo among the four that it should find, and every photo finds itself.

@@ -1,13 +1,10 @@
-"""What a second look is worth: query expansion, agreement of the first answers, and fusion with a global vector.
+"""What a second look is worth: query expansion, and agreement of the first answers.
 
     python tests/benchmarks/judge.py --data ../shared/data          # once: extracts, and keeps features in runs/judge
-    python tests/benchmarks/global_descriptor.py --data ../shared/data      # once: the same for global vectors
     python tests/benchmarks/second_looks.py --cache runs/judge --fingerprint 525136ab99de --every 2
 
 Queries, sets and columns are those of voting_options.py; the base is the package's search. Expansion is the package's
-(`search.expand`), and so is agreement (`search.agreement`). Fusion: similarity to a global vector joins the score, as a
-third term divided by its mean over the best five; "GeM" is that of global_descriptor.py, "pooled" the mean of the
-stored descriptors weighted by attention, which costs no storage.
+(`search.expand`), and so is agreement (`search.agreement`).
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,42 +20,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-from global_descriptor import centred
 from judge import SETS, PhotoSet, Without, read_features
-from numpy.typing import NDArray
 from voting_options import CALIBRATION, SETTINGS, difference, instances_of, queries_of
 
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.evaluation.metrics import average_precision
-from delf_milvus.features import Features
-from delf_milvus.retrieval.ranking import relative
-from delf_milvus.retrieval.search import (
-    Judgement,
-    Timings,
-    judge_candidates,
-)
+from delf_milvus.retrieval.search import Judgement, Timings, judge_candidates
 from delf_milvus.retrieval.second_look import agreed, looked_twice, widened
-
-Floats = NDArray[np.float64]
-
-
-def pooled_similarities(query: Features, images: Sequence[Features]) -> Floats:
-    """Cosine similarity, (N,) and at least 0, of the query's global vector to that of each image.
-
-    The vector is the mean of the local descriptors weighted by their attention, which is what the attention was trained
-    to pool; what the images have in common is subtracted from all, for it tells none of them from another.
-    """
-    if not images:
-        return np.empty(0)
-    vectors = np.array([pooled(one) for one in [query, *images]])
-    vectors -= vectors[1:].mean(axis=0)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return np.asarray(np.maximum(vectors[1:] @ vectors[0], 0))
-
-
-def pooled(features: Features) -> Floats:
-    total = features.attention.astype(np.float64) @ features.descriptors
-    return np.asarray(total / max(float(np.linalg.norm(total)), 1e-12))
 
 
 def main() -> None:
@@ -71,11 +38,6 @@ def main() -> None:
     options = parser.parse_args()
     sets = [read_features(options.cache / f"{options.fingerprint}-{options.stored}-{name}.npz") for name in SETS]
     photos = PhotoSet([n for s in sets for n in s.names], [f for s in sets for f in s.features])
-    gems: dict[str, NDArray[np.float32]] = {}
-    for group in SETS:
-        with np.load(options.cache / f"{options.fingerprint}-gem-{group}.npz") as archive:
-            gems.update(zip(map(str, archive["names"]), archive["vectors"], strict=True))
-    vectors = centred(np.array([gems[name] for name in photos.names]))
     number = {name: i for i, name in enumerate(photos.names)}
     instances = instances_of(photos.names)
     names = queries_of(instances)[:: options.every]
@@ -97,7 +59,7 @@ def main() -> None:
             ranking += [image for i in judged.rest.tolist() if (image := photos.names[i]) not in known]
             precision.setdefault(option, []).append(average_precision(ranking, relevant, {name}))
 
-        others = Without(collection, name)
+        others = Without(collection, number[name])
         judged = judge_candidates(query, others, SETTINGS.search, SETTINGS.verify, Timings())
         note("the package's", judged)
         box = (0.0, 0.0, float(query.width), float(query.height))
@@ -119,15 +81,6 @@ def main() -> None:
             option = f"agreement with {most}"
             seconds[option] = seconds.get(option, 0.0) + time.perf_counter() - started
             note(option, second)
-        among = [number[candidate.image_id] for candidate in judged.candidates]
-        similarities = {
-            "GeM": np.maximum(vectors[among] @ vectors[number[name]], 0),
-            "pooled": pooled_similarities(query, [candidate.features for candidate in judged.candidates]),
-        }
-        for kind, similarity in similarities.items():
-            for weight in (0.25, 0.5, 1.0):
-                fused = judged.ordered(judged.scores + weight * relative(similarity))
-                note(f"fusion with {kind}, weight {weight}", fused)
 
     print(f"mAP, difference to the package's, 95 % interval; {len(names)} queries")
     base = np.array(precision["the package's"])

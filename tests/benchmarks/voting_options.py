@@ -9,8 +9,8 @@ precision on each set, and the difference to the package's own choice with the 9
 star where the interval leaves out zero. Neighbours are searched once, and each pair of photos is matched and verified
 once, so that an option costs seconds. A photo is no answer to itself, as if it were not stored.
 
---parts votes: the images ranked by votes alone. combined: votes and inliers for the candidates, as a
-search ranks them, and the rest by votes.
+--parts votes: the images ranked by votes alone. combined: votes, global descriptors and inliers for the candidates, as
+a search ranks them, and the rest without inliers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from delf_milvus.features import ORDINAL_BITS
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.matching import match_many
-from delf_milvus.retrieval.ranking import INLIER_LEVEL, combined_scores
+from delf_milvus.retrieval.ranking import INLIER_LEVEL, combined_scores, relative
 from delf_milvus.retrieval.search import keypoints
+from delf_milvus.retrieval.shortlist import shortlist
 from delf_milvus.retrieval.verification import verify_many
 from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import Settings
@@ -62,6 +63,7 @@ class Option:
     inliers: what geometry adds. best: how many of the largest values each term is divided by the mean of.
     least: what the inliers are divided by at least.
     bar: false-alarm level up to which a candidate comes before all others, as a search shows them.
+    global_weight: of the global descriptors. similar: images that are found by them.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Option:
     best: int = 5
     bar: float = 0.0
     least: float = INLIER_LEVEL
+    global_weight: float = SETTINGS.search.global_weight
+    similar: int = SETTINGS.search.similar_images
 
 
 OURS = Option("the package's")
@@ -106,6 +110,8 @@ VOTES = [
 ]
 
 COMBINED = [
+    *(Option(f"global weight {w}", global_weight=w) for w in (0, 0.15, 0.35, 0.5, 1.0)),
+    *(Option(f"{n} images by global descriptor", similar=n) for n in (100, 300, 3000)),
     Option("K 60", k=60),
     Option("K 240", k=240),
     Option("200 query features", query_features=200),
@@ -165,6 +171,25 @@ def scored(option: Option, keys: Keys, similarities: Similarities, sizes: Floats
     scores = np.bincount(inverse, total) / sizes[images] ** option.size
     order = np.argsort(-scores, kind="stable")
     return images[order], scores[order]
+
+
+def shortlisted(
+    option: Option, images: Keys, scores: Floats, alike: Floats, others: Keys, sizes: Floats
+) -> tuple[Keys, Floats]:
+    """Images and scores with the global descriptors, by a plain numpy writing.
+
+    images, scores: by votes. alike: similarity of every image's global descriptor to the query's. others: the images
+    that are stored.
+    """
+    nearest = others[np.argsort(-alike[others], kind="stable")[: option.similar]]
+    whole = np.zeros(len(sizes))
+    whole[nearest] = np.maximum(alike[nearest] - max(alike[nearest].min(), 0), 0)
+    votes = np.zeros(len(sizes))
+    votes[images] = scores
+    total = relative(votes, option.best) + option.global_weight * relative(whole, option.best)
+    chosen = np.union1d(images, nearest) if option.global_weight else images
+    order = np.lexsort((chosen, -total[chosen]))
+    return chosen[order], total[chosen[order]]
 
 
 class Pairs:
@@ -283,6 +308,7 @@ def main() -> None:
         options.cache / f"{prefix}-neighbours.npz", photos, queries, OURS.query_features
     )
     sizes = np.array([len(f) for f in photos.features], np.float64)
+    vectors = np.array([f.global_descriptor for f in photos.features])
     pairs = Pairs(photos)
 
     def measured(option: Option, rank: Callable[[Option, int, Keys, Floats], list[int]]) -> Floats:
@@ -291,7 +317,8 @@ def main() -> None:
             used = int((all_keys[row, :, 0] >= 0).sum())
             images, scores = scored(option, all_keys[row, :used], all_similarities[row, :used], sizes)
             # As if it were not stored: a photo's match with itself sets a level that no other photo reaches.
-            order = rank(option, query, images[images != query], scores[images != query])
+            images, scores = images[images != query], scores[images != query]
+            order = rank(option, query, *shortlisted(option, images, scores, alike[row], others[row], sizes))
             right = same[instances[names[row]][1]] - {query}
             values.append(average_precision(order, right, {query}))
         return np.array(values)
@@ -302,16 +329,28 @@ def main() -> None:
     if not (np.array_equal(images, base.images) and np.allclose(scores, base.scores)):
         raise SystemExit("the plain writing of the package's vote differs from the package's")
 
+    alike = [np.asarray(vectors @ vectors[query], np.float64) for query in queries]
+    others = [np.delete(np.arange(len(photos.names)), query) for query in queries]
+    plain = shortlisted(OURS, base.images, base.scores, alike[0], np.arange(len(photos.names)), sizes)
+    near = np.argsort(-alike[0], kind="stable")[: OURS.similar]
+    package = shortlist(base, near, alike[0][near].astype(np.float32), OURS.global_weight)
+    if not np.allclose(plain[1], package.scores, atol=1e-6):
+        raise SystemExit("the plain writing of the package's shortlist differs from the package's")
+
     parts: dict[str, tuple[list[Option], Callable[[Option, int, Keys, Floats], list[int]]]] = {
-        "votes": (VOTES, lambda _, __, images, ___: [int(i) for i in images]),
+        "votes": (
+            [replace(one, global_weight=0.0) for one in VOTES],
+            lambda _, __, images, ___: [int(i) for i in images],
+        ),
         "combined": (COMBINED, lambda option, query, images, scores: ranked(option, query, images, scores, pairs)),
     }
     for part in options.parts:
         choices, rank = parts[part]
         print(f"{part}: mAP, difference to the package's, 95 % interval; {len(queries)} queries")
-        ours = measured(replace(OURS, name=f"the package's, {part}"), rank)
-        for option in [OURS, *(choice for choice in choices if options.only in choice.name)]:
-            values = ours if option is OURS else measured(option, rank)
+        base_option = replace(OURS, global_weight=0.0) if part == "votes" else OURS
+        ours = measured(base_option, rank)
+        for option in [base_option, *(choice for choice in choices if options.only in choice.name)]:
+            values = ours if option is base_option else measured(option, rank)
             columns = [
                 f"{group}: {difference(values[groups == group], ours[groups == group])}" for group in np.unique(groups)
             ]

@@ -15,6 +15,7 @@ TINY = ModelSpec(
     selection="attention",
     dim=16,
     attention_channels=8,
+    global_dim=8,
 )
 
 
@@ -26,6 +27,8 @@ def tiny_network(seed: int = 0, spec: ModelSpec = TINY) -> Delf:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
     torch.nn.init.orthogonal_(network.reduction.projection)
+    if network.global_reduction is not None:
+        torch.nn.init.orthogonal_(network.global_reduction.projection)
     return network.eval()
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import make_photo
-from models import tiny_network, write_tiny_model
+from models import TINY, tiny_network, write_tiny_model
 
 from delf_milvus.errors import ModelError, UsageError
+from delf_milvus.model import weights
 from delf_milvus.model.extractor import Extractor
 from delf_milvus.settings import ExtractSettings
 
@@ -64,9 +67,34 @@ def test_features_equal_a_plain_pass_over_one_level(model: Path) -> None:
     assert np.quantile(agreement, 0.1) > 0.999
 
 
+def test_the_global_descriptor_is_the_reduced_mean_of_all_levels(model: Path) -> None:
+    photo = make_photo(3, 96, 64)
+    features = extractor(model, scales=(1.0, 2.0)).extract(photo, 10)
+    network = tiny_network()
+    assert network.global_reduction is not None
+    means = []
+    for scale in (1, 2):
+        pixels = cv2.resize(photo, (96 * scale, 64 * scale), interpolation=cv2.INTER_LINEAR)
+        with torch.inference_mode():
+            cells, _ = network(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].float())
+        mean = (np.maximum(cells[0].numpy().astype(np.float64), 1e-6) ** 3).mean(axis=(1, 2)) ** (1 / 3)
+        means.append(mean / np.linalg.norm(mean))
+    whole = torch.from_numpy(sum(means)).float()[None]
+    np.testing.assert_allclose(features.global_descriptor, network.global_reduction(whole)[0].numpy(), atol=2e-3)
+    assert features.top(3).global_descriptor is features.global_descriptor
+
+
+def test_a_model_without_a_global_reduction_gives_none(tmp_path: Path) -> None:
+    spec = replace(TINY, global_dim=0)
+    weights.save(tmp_path / "m.safetensors", dict(tiny_network(spec=spec).state_dict()), spec)
+    made = extractor(tmp_path / "m.safetensors")
+    assert made.fingerprint.global_dim == 0
+    assert made.extract(make_photo(3), 10).global_descriptor.shape == (0,)
+
+
 def test_the_same_photo_gives_the_same_bytes(model: Path) -> None:
     one, two = (extractor(model).extract(make_photo(4), 200) for _ in range(2))
-    for name in ("locations", "scales", "attention", "descriptors"):
+    for name in ("locations", "scales", "attention", "descriptors", "global_descriptor"):
         assert getattr(one, name).tobytes() == getattr(two, name).tobytes()
 
 

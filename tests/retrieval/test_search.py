@@ -12,7 +12,7 @@ from delf_milvus.features import ORDINAL_BITS, Features
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.retrieval.answers import answer
 from delf_milvus.retrieval.ranking import combined_scores
-from delf_milvus.retrieval.search import Timings, judge_candidates
+from delf_milvus.retrieval.search import Timings, judge_candidates, shortlisted
 from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import Settings
 
@@ -42,18 +42,24 @@ def queries(matcher: PhotoMatcher) -> list[Features]:
 
 
 def slow_search(query: Features, stored: list[Features]) -> tuple[list[int], dict[int, int]]:
-    """Ranking and inliers by exact neighbours, dictionary loops and skimage's RANSAC."""
+    """Ranking and inliers by exact neighbours and global similarities, dictionary loops and skimage's RANSAC."""
     descriptors = np.concatenate([f.descriptors for f in stored])
     keys = np.concatenate([np.arange(len(f)) | i << ORDINAL_BITS for i, f in enumerate(stored)])
     votes, _ = slow_vote(*exact_neighbours(query.descriptors, descriptors, keys, SETTINGS.search.neighbours))
-    images = sorted(votes, key=lambda image: (-votes[image], image))
+    alike = {image: float(query.global_descriptor @ f.global_descriptor) for image, f in enumerate(stored)}
+    above = {image: max(one - max(min(alike.values()), 0), 0) for image, one in alike.items()}
+    images = sorted(alike)
     inliers = {}
     for image in images:
         pairs = slow_match(query.descriptors, stored[image].descriptors, SETTINGS.verify.similarity)
         points = query.locations[[q for q, _, _ in pairs]], stored[image].locations[[c for _, c, _ in pairs]]
         residual = SETTINGS.verify.residual * max(stored[image].width, stored[image].height) / 640
         inliers[image] = int(slow_verify(*points, residual, trials=300).sum())
-    scores = combined_scores([votes[i] for i in images], [inliers[i] for i in images], SETTINGS.search.inlier_weight)
+    terms = ([votes.get(i, 0) for i in images], [above[i] for i in images], [inliers[i] for i in images])
+    levels = [sum(sorted(term)[-5:]) / 5 for term in terms]
+    levels[2] = max(levels[2], 40)
+    weights = (1, SETTINGS.search.global_weight, SETTINGS.search.inlier_weight)
+    scores = sum(w * np.array(term) / level for w, term, level in zip(weights, terms, levels, strict=True))
     return [images[i] for i in np.argsort(-scores, kind="stable")], inliers
 
 
@@ -107,8 +113,7 @@ def test_images_with_too_few_votes_to_be_verified_follow_the_candidates(
     collection, box = MemoryCollection(NAMES, stored), (0.0, 0.0, 9999.0, 9999.0)
     arguments = (queries[0], collection, search, SETTINGS.verify, matcher.calibration, Timings())
     hits = answer(*arguments, query_box=box, include_unverified=True)
-    votes = vote(*collection.neighbours(queries[0].descriptors, search.neighbours))
-    ranking = [NAMES[image] for image in votes.images.tolist()]
+    ranking = [NAMES[image] for image in shortlisted(queries[0], collection, search, Timings()).images.tolist()]
     assert {hit.image_id for hit in hits[:3]} == set(ranking[:3])
     assert [hit.image_id for hit in hits[3:]] == ranking[3:6]
     assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5, 6]
@@ -144,6 +149,9 @@ def test_an_empty_collection_has_no_candidates(queries: list[Features]) -> None:
         def neighbours(self, descriptors, k):  # type: ignore[no-untyped-def]
             return np.full((len(descriptors), k), -1, np.int64), np.full((len(descriptors), k), -1, np.float32)
 
+        def similar(self, descriptor, k):  # type: ignore[no-untyped-def]
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+
         def candidates(self, image_keys):  # type: ignore[no-untyped-def]
             assert len(image_keys) == 0
             return {}
@@ -153,16 +161,16 @@ def test_an_empty_collection_has_no_candidates(queries: list[Features]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("votes", "inliers", "expected"),
+    ("shortlisted", "inliers", "expected"),
     [
-        ([2, 1, 1], [0, 0, 0], [2 / (4 / 3), 0.75, 0.75]),
+        ([2, 1, 1], [0, 0, 0], [2, 1, 1]),
         ([1, 1], [300, 100], [1 + 0.75 * 1.5, 1 + 0.75 * 0.5]),
         ([1, 1], [20, 4], [1 + 0.75 * 20 / 40, 1 + 0.75 * 4 / 40]),
         ([], [], []),
         ([0, 0], [0, 0], [0, 0]),
     ],
 )
-def test_scores_add_votes_and_inliers_by_their_own_level(
-    votes: list[float], inliers: list[float], expected: list[float]
+def test_inliers_are_added_by_their_own_level(
+    shortlisted: list[float], inliers: list[float], expected: list[float]
 ) -> None:
-    np.testing.assert_allclose(combined_scores(votes, inliers, 0.75), expected)
+    np.testing.assert_allclose(combined_scores(shortlisted, inliers, 0.75), expected)

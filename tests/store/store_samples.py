@@ -8,7 +8,8 @@ from delf_milvus.features import Features, Fingerprint
 from delf_milvus.store.records import ImageRecord
 
 DIM = 16
-MODEL = Fingerprint("weights-a", "attention", DIM, 640, (0.5, 1.0), 16)
+GLOBAL_DIM = 6
+MODEL = Fingerprint("weights-a", "attention", DIM, 640, (0.5, 1.0), 16, global_dim=GLOBAL_DIM)
 OTHER_MODEL = Fingerprint("weights-b", "attention", DIM, 640, (1.0,), 16)
 
 
@@ -19,6 +20,7 @@ def random_features(rng: np.random.Generator, count: int, dim: int = DIM, around
         centres = np.random.default_rng(0).normal(size=(around, dim))
         descriptors = centres[rng.integers(0, around, count)] + 0.5 * descriptors
     descriptors = descriptors / np.linalg.norm(descriptors, axis=1, keepdims=True)
+    whole = rng.normal(size=GLOBAL_DIM)
     return Features(
         rng.uniform(0, (639, 479), (count, 2)).astype(np.float32),
         rng.choice(np.float32([0.7071, 1, 1.4142, 2]), count),
@@ -26,6 +28,7 @@ def random_features(rng: np.random.Generator, count: int, dim: int = DIM, around
         descriptors.astype(np.float32),
         640,
         480,
+        (whole / np.linalg.norm(whole)).astype(np.float32),
     )
 
 

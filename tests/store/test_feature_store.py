@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymilvus import DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
-from store_samples import DIM, MODEL, OTHER_MODEL, random_features, random_items
+from store_samples import DIM, GLOBAL_DIM, MODEL, OTHER_MODEL, random_features, random_items
 
 from delf_milvus.errors import CollectionError, DatabaseError, InputError, UsageError
 from delf_milvus.features import Features
@@ -115,6 +115,44 @@ def test_neighbours_are_padded_where_there_are_fewer(store: FeatureStore) -> Non
     assert (split_keys(keys[:, :2])[0] == image_key("a")).all()
     assert (keys[:, 2:] == PADDING_KEY).all()
     assert store.neighbours(queries[:0], 5)[0].shape == (0, 5)
+
+
+def test_images_are_found_by_their_global_descriptor(filled: FeatureStore) -> None:
+    items = random_items(1, 40, 100)
+    vectors = np.array([features.global_descriptor for _, features in items])
+    keys = np.array([record.key for record, _ in items])
+    found, similarities = filled.similar(vectors[7], 10)
+    exact = vectors @ vectors[7]
+    assert np.array_equal(found, keys[np.argsort(-exact)[:10]])
+    assert np.allclose(similarities, -np.sort(-exact)[:10], atol=1e-5)
+    everything = filled.similar(vectors[7], 1000)
+    assert sorted(everything[0].tolist()) == sorted(keys.tolist())
+    assert (np.diff(everything[1]) <= 0).all()
+
+
+def test_a_global_descriptor_survives_an_update_of_metadata_and_is_read_where_asked_for(store: FeatureStore) -> None:
+    assert [len(found) for found in store.similar(random_features(RNG, 0).global_descriptor, 5)] == [0, 0]
+    record, features = random_items(1, 1, 10)[0]
+    store.write([(record, features)])
+    store.describe([replace(record, uri="elsewhere")])
+    assert np.allclose(store.similar(features.global_descriptor, 5)[1], [1], atol=1e-5)
+    for globally, length in ((False, 0), (True, GLOBAL_DIM)):
+        ((_, stored),) = store.stored([record.key], globally=globally).values()
+        assert len(stored.global_descriptor) == length
+    assert np.allclose(stored.global_descriptor, features.global_descriptor, atol=1e-6)
+    store.write([(record, replace(features, global_descriptor=np.zeros(0, np.float32)))])
+    assert np.allclose(store.similar(features.global_descriptor, 5)[1], [0])
+
+
+def test_a_model_without_a_global_descriptor_stores_the_mean_of_the_local_ones(tmp_path: Path) -> None:
+    with FeatureStore.open(str(tmp_path / "f.db"), "delf", OTHER_MODEL, StoreSettings()) as other:
+        record, features = random_items(1, 1, 10)[0]
+        other.write([(record, replace(features, global_descriptor=np.zeros(0, np.float32)))])
+        row = other.rows([record.key])[record.key]
+        mean = features.attention @ features.descriptors
+        assert np.allclose(row["global_descriptor"], mean / np.linalg.norm(mean), atol=1e-5)
+        with pytest.raises(CollectionError, match="6 components"):
+            other.similar(features.global_descriptor, 5)
 
 
 def test_more_queries_than_one_call_takes_are_split(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ import torch
 from conftest import make_photo, save_photo
 
 from delf_milvus.errors import InputError, ModelError, UsageError
+from delf_milvus.imaging.decode import decode
 from delf_milvus.model import weights
+from delf_milvus.model.delf import pooled
 from delf_milvus.model.extractor import Extractor
 from delf_milvus.model.spec import ModelSpec, TrunkSpec
 from delf_milvus.model.trunk import Trunk
-from delf_milvus.settings import ExtractSettings
+from delf_milvus.settings import DecodeSettings, ExtractSettings
 
 pytest.importorskip("delf_milvus.training.vision", reason="needs torchvision (extra: train)")
 
@@ -245,7 +247,9 @@ def test_pooling_equals_the_plain_weighted_mean() -> None:
 
 
 def test_the_reduction_is_the_pca_of_the_selected_descriptors(attended: Path, data: Path, tmp_path: Path) -> None:
-    settings = ReductionConfig(data=(data,), out=tmp_path, init=attended, dim=8, features=50, exclude=("red",))
+    settings = ReductionConfig(
+        data=(data,), out=tmp_path, init=attended, dim=8, features=50, exclude=("red",), global_dim=4
+    )
     model = fit_reduction(settings, say=lambda _: None)
     network = weights.load(model)
     projection = network.reduction.projection.numpy()
@@ -253,15 +257,35 @@ def test_the_reduction_is_the_pca_of_the_selected_descriptors(attended: Path, da
     extractor = Extractor(model, ExtractSettings())
     features = extractor.extract(make_photo(5, 96, 80), 50)
     assert features.descriptors.shape == (50, 8)
-    (line,) = metrics(tmp_path)
-    assert line["photos"] == 24
-    assert 0 < line["explained_variance"] <= 1
+    for line in metrics(tmp_path):
+        assert line["photos"] == 24
+        assert 0 < line["explained_variance"] <= 1
+
+
+def test_global_descriptors_are_whitened(attended: Path, data: Path, tmp_path: Path) -> None:
+    fit_reduction(ReductionConfig(data=(data,), out=tmp_path, init=attended, dim=8, global_dim=4), say=lambda _: None)
+    extractor = Extractor(tmp_path / "model.safetensors", ExtractSettings())
+    reduction = weights.load(tmp_path / "model.safetensors").global_reduction
+    assert reduction is not None
+    reduced = []
+    for path in sorted(data.rglob("*.png")):
+        levels = [
+            level[1] for s in extractor.plan.scales if (level := extractor._level(decode(path, DecodeSettings()), s))
+        ]
+        reduced.append((reduction.projection @ (pooled(levels) - reduction.mean)).numpy())
+    np.testing.assert_allclose(np.cov(np.array(reduced).T, bias=True), np.eye(4), atol=0.05)
+
+
+def test_too_few_photos_for_global_descriptors_are_one_sentence(attended: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--global-dim"):
+        fit_reduction(ReductionConfig(data=(data,), out=tmp_path, init=attended, dim=8), say=lambda _: None)
 
 
 def test_selection_by_attention_needs_a_head(trunk: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="attention"):
         fit_reduction(ReductionConfig(data=(data,), out=tmp_path, init=trunk), say=lambda _: None)
     model = fit_reduction(
-        ReductionConfig(data=(data,), out=tmp_path, init=trunk, selection="norm", dim=8), say=lambda _: None
+        ReductionConfig(data=(data,), out=tmp_path, init=trunk, selection="norm", dim=8, global_dim=0),
+        say=lambda _: None,
     )
     assert Extractor(model, ExtractSettings()).selection == "norm"
