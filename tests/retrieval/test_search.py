@@ -57,7 +57,7 @@ def slow_search(query: Features, stored: list[Features]) -> tuple[list[int], dic
         inliers[image] = int(slow_verify(*points, residual, trials=300).sum())
     terms = ([votes.get(i, 0) for i in images], [above[i] for i in images], [inliers[i] for i in images])
     levels = [sum(sorted(term)[-5:]) / 5 for term in terms]
-    levels[2] = max(levels[2], 40)
+    levels = [levels[0], levels[1] or 1.0, max(levels[2], 40)]
     weights = (1, SETTINGS.search.global_weight, SETTINGS.search.inlier_weight)
     scores = sum(w * np.array(term) / level for w, term, level in zip(weights, terms, levels, strict=True))
     return [images[i] for i in np.argsort(-scores, kind="stable")], inliers
