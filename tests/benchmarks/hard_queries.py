@@ -32,15 +32,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import cv2
 import numpy as np
 from judge import load_set, truth
-from numpy.typing import NDArray
 
 from delf_milvus.evaluation.calibration import class_photos
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.features import Box, Features
 from delf_milvus.imaging.decode import RgbImage
 from delf_milvus.matcher import PhotoMatcher
-from delf_milvus.retrieval.search import Judgement, Timings, judge_candidates
-from delf_milvus.settings import Settings
+from delf_milvus.retrieval.answers import Hit, answer
+from delf_milvus.retrieval.search import Timings
+from delf_milvus.retrieval.views import joined, views_of
+from delf_milvus.settings import MOST_ANSWERS, Settings
 
 FRAME = 640
 """Longest side, pixels, of the photos before they are changed, and of queries in which they lie."""
@@ -232,20 +233,35 @@ class Answer:
     in_place: float
 
 
-def answered(
-    query: Features, judged: Judgement, accepted: NDArray[np.bool_], part: Part, right: set[str], junk: set[str]
-) -> Answer:
-    """Judge the candidates that are not junk."""
-    order = [i for i, candidate in enumerate(judged.candidates) if candidate.image_id not in junk]
-    first = next((i for i in order if judged.candidates[i].image_id in right), None)
+def hits_of_views(
+    photo: RgbImage, collection: MemoryCollection, matcher: PhotoMatcher, settings: Settings
+) -> list[Hit]:
+    """All hits of a search, verified or not, by the views that the settings ask for."""
+    height, width = photo.shape[:2]
+    search = settings.search.model_copy(update={"top": MOST_ANSWERS})
+    seen = []
+    for view in views_of((0, 0, width, height), parts=search.parts, turned=search.turned):
+        query = matcher.query_features(view.cut(photo))
+        box = (0.0, 0.0, float(query.width), float(query.height))
+        arguments = (query, collection, search, settings.verify, matcher.calibration, Timings())
+        seen.append((view, answer(*arguments, query_box=box, include_unverified=not seen)))
+    return joined(
+        seen, (width, height), max_false_alarm=settings.verify.max_false_alarm, top=MOST_ANSWERS, per_region=0
+    )
+
+
+def answered(hits: list[Hit], part: Part, right: set[str], junk: set[str]) -> Answer:
+    """Judge the hits that are not junk."""
+    hits = [hit for hit in hits if hit.compared and hit.image_id not in junk]
+    first = next((hit for hit in hits if hit.image_id in right), None)
     if first is None:
         return Answer(False, False, 0, np.nan)
-    points = query.locations[judged.matches[first].query[judged.verifications[first].mask]]
+    points = first.correspondence.query_points
     x0, y0, x1, y1 = part.box
     inside = ((points >= (x0, y0)) & (points <= (x1, y1))).all(axis=1)
-    is_first = first == order[0]
+    is_first = first is hits[0]
     share = float(inside.mean()) if len(inside) else np.nan
-    return Answer(is_first, is_first and bool(accepted[first]), int(judged.inliers[first]), share)
+    return Answer(is_first, is_first and first.verified, first.inliers, share)
 
 
 def line(kind: str, degree: float, whole_collection: list[Answer], others: list[Answer], wrong: list[bool]) -> str:
@@ -268,10 +284,13 @@ def main() -> None:
     parser.add_argument("--preset", default="standard", choices=("fast", "standard", "paper"))
     parser.add_argument("--cache", type=Path, default=Path("runs/judge"))
     parser.add_argument("--photos", type=int, default=20, help="queries of each kind and degree")
+    parser.add_argument("--parts", action="store_true", help="search as `delf-milvus search --parts` does")
+    parser.add_argument("--turned", action="store_true", help="search as `delf-milvus search --turned` does")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--with", nargs="*", default=["churches", "landmarks"], dest="distractors", help="distractors")
     options = parser.parse_args()
-    settings = Settings(model=options.model, extract={"preset": options.preset})
+    views = {"parts": options.parts, "turned": options.turned}
+    settings = Settings(model=options.model, extract={"preset": options.preset}, search=views)
     matcher = PhotoMatcher(settings)
     names: list[str] = []
     features: list[Features] = []
@@ -309,21 +328,17 @@ def main() -> None:
             wrong: list[bool] = []
             for number in range(len(chosen)):
                 made = maker.make(kind, degree, number)
-                query = matcher.query_features(made.photo)
-                judged = judge_candidates(query, collection, settings.search, settings.verify, Timings())
-                accepted = matcher.calibration.assess(judged.evidence).false_alarm <= settings.verify.max_false_alarm
+                hits = hits_of_views(made.photo, collection, matcher, settings)
                 strangers = {name for name in names if Path(name).parent.as_posix() in made.others}
                 shown = {part.name: members[instances[part.name]] for part in made.parts}
                 for part in made.parts:
                     right = shown[part.name]
                     junk = strangers.union(*shown.values()) - right
-                    answers.append(answered(query, judged, accepted, part, right, junk))
+                    answers.append(answered(hits, part, right, junk))
                     own = {part.name}
-                    without.append(answered(query, judged, accepted, part, right - own, junk | own))
+                    without.append(answered(hits, part, right - own, junk | own))
                 known = strangers.union(*shown.values())
-                wrong.append(
-                    any(a and c.image_id not in known for a, c in zip(accepted, judged.candidates, strict=True))
-                )
+                wrong.append(any(hit.verified and hit.image_id not in known for hit in hits))
             print(line(kind, degree, answers, without, wrong), flush=True)
 
 
