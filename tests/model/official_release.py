@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.model.datum import datum_class
+from delf_milvus.model.official import Layout
 
 Array = npt.NDArray[np.float32]
 
 SCOPE = "resnet_v1_50"
+
+LAYOUT = Layout(SCOPE, strides=(2, 2, 2), epsilon=float(np.float32(1.001e-5)), offset=128, divisor=128)
+"""What the graph of delf_v1_20171026 says."""
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -104,13 +110,92 @@ def write_release(folder: Path, graph: Path, values: dict[str, Array], pca: dict
     return folder
 
 
-def run_release(folder: Path, photos: list[npt.NDArray[np.uint8]], scales: list[float], count: int) -> list[Any]:
-    """What the official graph gives for photos (H, W, 3): a dict of boxes (N, 4: y0, x0, y1, x1), features (N, 1024),
-    scales (N,) and scores (N, 1) for each."""
+@dataclass(frozen=True)
+class Query:
+    """What the official graph is asked: a photo (H, W, 3), the pyramid, the least score, the most features."""
+
+    photo: npt.NDArray[np.uint8]
+    scales: tuple[float, ...]
+    threshold: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What it gives, by falling score: boxes (N, 4: y0, x0, y1, x1 in pixels), features (N, 1024), scales (N,), scores
+    (N,)."""
+
+    boxes: Array
+    features: Array
+    scales: Array
+    scores: Array
+
+    @property
+    def locations(self) -> Array:
+        """Centres of the boxes, (N, 2): x, y."""
+        return ((self.boxes[:, :2] + self.boxes[:, 2:]) / 2)[:, ::-1]
+
+
+def run_release(folder: Path, queries: list[Query]) -> list[Answer]:
+    """The official graph itself, run by TensorFlow from the checkpoint of a release."""
     import tensorflow as tf
 
+    answers = []
     with tf.compat.v1.Session(graph=tf.Graph()) as session:
         tf.compat.v1.saved_model.load(session, ["serve"], str(folder / "model"))
-        fetched = {name: f"{name}:0" for name in ("boxes", "features", "scales", "scores")}
-        feeds = {"input_scales:0": scales, "input_abs_thres:0": 0.0, "input_max_feature_num:0": count}
-        return [session.run(fetched, {**feeds, "input_image:0": photo}) for photo in photos]
+        for query in queries:
+            feeds = {
+                "input_image:0": query.photo,
+                "input_scales:0": query.scales,
+                "input_abs_thres:0": query.threshold,
+                "input_max_feature_num:0": query.count,
+            }
+            boxes, features, scales, scores = session.run(["boxes:0", "features:0", "scales:0", "scores:0"], feeds)
+            answers.append(Answer(boxes, features, scales, scores[:, 0]))
+    return answers
+
+
+def plain_reduction(features: Array, pca: dict[str, Array], dim: int, whiten: bool = False) -> Array:
+    """The reference code's post-processing of (N, 1024) features: L2, PCA, L2."""
+    x = features.astype(np.float64)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    x = (x - pca["mean"]) @ pca["pca_proj_mat"][:dim].T
+    if whiten:
+        x = x / np.sqrt(pca["pca_variances"][0, :dim])
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+GOLDEN = Path(__file__).with_name("official_golden.npz")
+GOLDEN_SEED = 20171026
+
+
+def golden_query() -> Query:
+    """A photo of blocks and noise from numpy's frozen generator, so that no library's drawing changes it."""
+    random = np.random.RandomState(GOLDEN_SEED)
+    blocks = np.kron(random.randint(0, 200, (6, 8, 3)), np.ones((15, 15, 1), np.int64))
+    photo = (blocks + random.randint(0, 56, blocks.shape)).astype(np.uint8)
+    return Query(photo, (0.5, 1.0, 1.4142), 0.0, 1000)
+
+
+def golden_arrays(answer: Answer) -> dict[str, Array]:
+    """What of an answer is kept: all places and scores, the reduced descriptors, and the best feature as it is."""
+    reduced = plain_reduction(answer.features, random_pca(GOLDEN_SEED), 40)
+    return {
+        "locations": answer.locations,
+        "scales": answer.scales,
+        "scores": answer.scores,
+        "descriptors": reduced,
+        "feature": answer.features[0],
+    }
+
+
+def main(graph: Path) -> None:
+    """Write the golden file with the official graph: official_release.py .../model/saved_model.pb"""
+    with tempfile.TemporaryDirectory() as folder:
+        values, pca = random_values(GOLDEN_SEED), random_pca(GOLDEN_SEED)
+        (answer,) = run_release(write_release(Path(folder) / "release", graph, values, pca), [golden_query()])
+    np.savez_compressed(GOLDEN, **golden_arrays(answer))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
