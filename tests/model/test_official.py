@@ -496,12 +496,12 @@ def test_halves_of_a_level_go_to_the_even_size(sides: tuple[int, int], scale: fl
 
 def test_a_small_photo_keeps_its_levels_as_in_the_official_graph(tmp_path: Path) -> None:
     model = write_imported(tmp_path, dim=8)
-    photo = np.random.default_rng(0).integers(0, 256, (20, 70, 3), np.uint8)
-    features = extract(model, Query(photo, (0.02, 0.05, 1.0), 0.0, 100))
-    # 1 x 4 pixels and 20 x 70; nothing is left of the first.
+    photo = np.random.default_rng(0).integers(0, 256, (8, 70, 3), np.uint8)
+    features = extract(model, Query(photo, (0.05, 0.1, 1.0), 0.0, 100))
+    # 1 x 7 pixels and 8 x 70, both less than a cell high; nothing is left at the first scale.
     assert sorted(zip(features.scales.round(3).tolist(), features.locations.tolist(), strict=True)) == [
         (1.0, [0.0, 0.0]),
         (1.0, [32.0, 0.0]),
         (1.0, [64.0, 0.0]),
-        (20.0, [0.0, 0.0]),
+        (10.0, [0.0, 0.0]),
     ]
