@@ -360,7 +360,7 @@ def _tensorflow() -> Any:
 
 def _damage(tensorflow: Any) -> tuple[type[Exception], ...]:
     """What TensorFlow raises for files that it cannot read."""
-    return (tensorflow.errors.OpError, ValueError, RuntimeError, OSError)
+    return (tensorflow.errors.OpError, ValueError, TypeError, LookupError, RuntimeError, OSError)
 
 
 def _sized(path: Path) -> None:

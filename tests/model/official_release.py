@@ -65,6 +65,9 @@ def random_values(seed: int) -> dict[str, Array]:
             drawn = (0.3 if "/conv3/" in name else 1.0) * (1 + 0.2 * np.tanh(drawn))
         elif name.endswith("moving_variance"):
             drawn = 1 + 0.5 * np.tanh(drawn)
+        elif name.endswith("biases"):
+            # Softplus of what is far below zero would score every cell nearly the same.
+            drawn = 2 + 0.1 * drawn
         else:
             drawn *= 0.1
         values[name] = drawn.astype(np.float32)

@@ -8,6 +8,7 @@ either.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,8 +54,8 @@ from delf_milvus.settings import ExtractSettings
 
 SCALES = (0.25, 0.3536, 0.5, 0.7071, 1.0, 1.4142, 2.0)
 
-# Scores go to 3 and descriptors to 1: a few hundred roundings of fp32, through 40 layers.
-SCORE, DESCRIPTOR, PIXEL = 5e-5, 2e-5, 1e-3
+# Some ten times the largest differences: scores go to 1.4, descriptors to 1, and 40 layers round in fp32.
+SCORE, DESCRIPTOR, PIXEL = 2e-5, 1e-5, 1e-3
 
 
 def extract(model: Path, query: Query) -> Features:
@@ -73,14 +74,13 @@ def cells(locations: np.ndarray, scales: np.ndarray) -> list[tuple[float, int, i
 def compare(mine: Features, official: Answer, expected: np.ndarray) -> dict[str, float]:
     """The largest differences, of the same keypoints in the same order; `expected` are the official descriptors.
 
-    Two neighbours whose scores differ by less than rounding may have changed places.
+    Neighbours may have changed places where their scores differ by less than twice what rounding changes any score.
     """
     ours, theirs = cells(mine.locations, mine.scales), cells(official.locations, official.scales)
     assert len(set(theirs)) == len(theirs)
     assert set(ours) == set(theirs)
     place = {cell: index for index, cell in enumerate(theirs)}
     order = np.array([place[cell] for cell in ours])
-    assert (np.diff(official.scores[order]) <= 2 * SCORE).all()
     largest = {
         "moved": float((order != np.arange(len(order))).sum()),
         "location": float(np.abs(mine.locations - official.locations[order]).max()),
@@ -88,6 +88,7 @@ def compare(mine: Features, official: Answer, expected: np.ndarray) -> dict[str,
         "score": float(np.abs(mine.attention - official.scores[order]).max()),
         "descriptor": float(np.abs(mine.descriptors - expected[order]).max()),
     }
+    assert (np.diff(official.scores[order]) <= 2 * largest["score"]).all()
     assert largest["location"] < PIXEL
     assert largest["scale"] < 1e-6
     assert largest["score"] < SCORE
@@ -124,7 +125,7 @@ def queries(shared: Path) -> list[Query]:
         side = 300 / max(photo.shape[:2])
         photo = cv2.resize(photo, None, fx=side, fy=side, interpolation=cv2.INTER_AREA)
         made.append(Query(photo, SCALES, 0.0, 300))
-    return [*made, Query(made[0].photo, (0.7071, 1.0), 1.0, 1000)]
+    return [*made, Query(made[0].photo, (0.7071, 1.0), 0.2, 1000)]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_the_imported_model_equals_the_official_graph_from_photo_to_reduced_desc
         expected = plain_reduction(answer.features, pca, 40)
         largest = compare(extract(imported, query), answer, expected)
         with capsys.disabled():
-            print(f"\n{len(answer.scores)} keypoints, largest differences after PCA: {largest}")
+            print(f"\n{len(answer.scores)} keypoints, scores to {answer.scores.max():.2f}; after PCA: {largest}")
     # The bar is between scores, and leaves something on both sides of it.
     assert 10 < len(answers[2].scores) < 100
 
@@ -168,7 +169,7 @@ def test_the_imported_model_equals_the_official_graph_before_the_pca(
         expected = answer.features / np.linalg.norm(answer.features, axis=1, keepdims=True)
         largest = compare(extract(out, query), answer, expected)
         with capsys.disabled():
-            print(f"\n{len(answer.scores)} keypoints, largest differences before PCA: {largest}")
+            print(f"\n{len(answer.scores)} keypoints; before PCA: {largest}")
 
 
 @pytest.mark.slow
@@ -237,7 +238,8 @@ BLOCK = "resnet_v1_50/block2/unit_1/bottleneck_v1"
     [
         ("ResizeBilinear", "while/", _align, "resizes photos in another way"),
         ("ResizeBilinear", "", _half_pixels, "resizes photos in another way"),
-        ("Conv2D", f"{BLOCK}/conv1/", _strided, "stride in another layer"),
+        ("Conv2D", f"(while/)?{BLOCK}/conv1/", _strided, "stride in another layer"),
+        ("Conv2D", f"{BLOCK}/conv1/", _strided, "another stride than its twin"),
         ("Conv2D", f"{SCOPE}/block2/unit_4/bottleneck_v1/conv2/", _same, "pads its two sides differently"),
         ("MaxPool", f"while/{SCOPE}/pool1/", _same, "pads its two sides differently"),
         ("FusedBatchNorm", f"{SCOPE}/conv1/", _epsilon, "more than one kind of BatchNorm"),
@@ -250,7 +252,7 @@ def test_a_graph_that_computes_something_else_is_refused(
     tensorflow: Any, graph_file: Path, operation: str, scope: str, change: Any, message: str
 ) -> None:
     graph = official_graph(graph_file)
-    changed = [node for node in graph.node if node.op == operation and node.name.startswith(scope)]
+    changed = [node for node in graph.node if node.op == operation and re.match(scope, node.name)]
     assert changed
     for node in changed:
         change(node)
