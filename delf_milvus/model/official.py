@@ -13,6 +13,7 @@ Source: tensorflow/models, research/delf (`feature_extractor.py`, and the export
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -76,7 +77,11 @@ def import_official(
         raise UsageError(f"{out} must end in .safetensors; change --out.")
     tensorflow = _tensorflow()
     graph_file = folder / "model" / "saved_model.pb"
-    layout = layout_of(_graph(tensorflow, graph_file), tensorflow.make_ndarray, folder)
+    try:
+        layout = layout_of(_graph(tensorflow, graph_file), tensorflow.make_ndarray, folder)
+    except (LookupError, TypeError, ValueError) as error:
+        # A node without the inputs, or a constant without the values, that every graph has.
+        raise ModelError(f"{graph_file} is damaged; download the release again.") from error
     reader = _reader(tensorflow, folder / "model" / "variables" / "variables")
     spec = specification(layout, reader.get_variable_to_shape_map(), dim, folder)
     types = reader.get_variable_to_dtype_map()
@@ -316,10 +321,15 @@ def _source(nodes: Mapping[str, Any], reference: str, through: tuple[str, ...]) 
 
 
 def _constant(nodes: Mapping[str, Any], reference: str, array_of: Any) -> npt.NDArray[Any] | None:
+    """The value of a small constant; None for anything else."""
     node = _source(nodes, reference, ("Enter", "Identity"))
     if node is None or node.op != "Const":
         return None
-    array: npt.NDArray[Any] = array_of(node.attr["value"].tensor)
+    tensor = node.attr["value"].tensor
+    # A shape of a few bytes may stand for gigabytes of one repeated value.
+    if not 0 < math.prod(dim.size for dim in tensor.tensor_shape.dim) <= 64:
+        return None
+    array: npt.NDArray[Any] = array_of(tensor)
     return array
 
 
