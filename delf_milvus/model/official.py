@@ -37,7 +37,7 @@ from delf_milvus.model.spec import ModelSpec, TrunkSpec
 MAX_GRAPH_BYTES = 64 << 20
 """Size of a SavedModel's graph or index above which it is refused; that of delf_v1_20171026 has 1.3 MB."""
 
-MAX_WIDTH, MAX_UNITS = 4096, 64
+MAX_WIDTH, MAX_UNITS = 1024, 64
 """Channels of a convolution and units of a stage above which a checkpoint is no ResNet."""
 
 HEAD = "attonly/attention/compute"
@@ -82,9 +82,8 @@ def import_official(
     except (LookupError, TypeError, ValueError) as error:
         # A node without the inputs, or a constant without the values, that every graph has.
         raise ModelError(f"{graph_file} is damaged; download the release again.") from error
-    reader = _reader(tensorflow, folder / "model" / "variables" / "variables")
-    spec = specification(layout, reader.get_variable_to_shape_map(), dim, folder)
-    types = reader.get_variable_to_dtype_map()
+    reader, shapes, types = _checkpoint(tensorflow, folder / "model" / "variables" / "variables")
+    spec = specification(layout, shapes, dim, folder)
     values: dict[str, Array] = {}
     for name in variable_names(spec, layout.scope).values():
         if types[name] != tensorflow.float32:
@@ -138,7 +137,7 @@ def specification(layout: Layout, shapes: Mapping[str, Any], dim: int, folder: P
     the channels.
     """
     units = _units(shapes, layout.scope)
-    if len(units) != len(layout.strides):
+    if not units or len(units) != len(layout.strides):
         raise _unknown(folder, "its graph and its checkpoint have different stages")
     try:
         scopes = [f"{layout.scope}/block{stage + 1}/unit_1/bottleneck_v1" for stage in range(len(units))]
@@ -397,9 +396,11 @@ def _graph(tensorflow: Any, path: Path) -> Any:
     return saved.meta_graphs[0].graph_def
 
 
-def _reader(tensorflow: Any, prefix: Path) -> Any:
+def _checkpoint(tensorflow: Any, prefix: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The reader of a checkpoint, and shape and type of each of its variables."""
     _sized(prefix.with_name(prefix.name + ".index"))
     try:
-        return tensorflow.train.load_checkpoint(str(prefix))
+        reader = tensorflow.train.load_checkpoint(str(prefix))
+        return reader, reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     except _damage(tensorflow) as error:
         raise ModelError(f"{prefix} is damaged, or no checkpoint; download the release again.") from error

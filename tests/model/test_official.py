@@ -294,7 +294,7 @@ def test_a_damaged_release_is_one_sentence(release: Path, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="1024 components"):
         import_official(release, out, dim=1025)
     with pytest.raises(UsageError, match="cannot be written"):
-        import_official(release, Path("/proc/none/out.safetensors"))
+        import_official(release, release / "model/saved_model.pb/out.safetensors")
     assert not out.exists()
 
 
@@ -394,6 +394,10 @@ def test_a_checkpoint_of_other_layers_is_refused(tmp_path: Path) -> None:
             specification(LAYOUT, changed, 40, tmp_path)
     with pytest.raises(ModelError, match="different stages"):
         specification(replace(LAYOUT, strides=(2, 2)), good, 40, tmp_path)
+    with pytest.raises(ModelError, match="different stages"):
+        specification(replace(LAYOUT, strides=()), {}, 40, tmp_path)
+    with pytest.raises(UsageError, match="1024 components"):
+        specification(LAYOUT, good, 1025, tmp_path)
 
 
 @pytest.mark.parametrize(
