@@ -94,6 +94,9 @@ class ExtractSettings(_Stage):
     selection: Literal["model", "attention", "norm"] = Field(
         "model", description="How cells are scored; model is what the weight file says retrieves better."
     )
+    min_attention: float | None = Field(
+        None, ge=0, description="Score below which a cell is no feature; its range is the model's. None: no bar."
+    )
 
     @field_validator("scales")
     @classmethod

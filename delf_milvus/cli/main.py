@@ -12,7 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
-from delf_milvus.cli import calibrate, config, data, evaluate, index, ingest, manage, operate, reindex, search, train
+from delf_milvus.cli import (
+    calibrate,
+    config,
+    data,
+    evaluate,
+    index,
+    ingest,
+    manage,
+    model,
+    operate,
+    reindex,
+    search,
+    train,
+)
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
@@ -43,6 +56,7 @@ app.command("import")(data.import_)
 app.add_typer(config.app, name="config")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(train.app, name="train")
+app.add_typer(model.app, name="model")
 
 
 def _version(wanted: bool) -> None:

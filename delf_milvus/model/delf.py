@@ -17,10 +17,10 @@ class AttentionHead(nn.Module):
     Takes the un-normalised feature map (N, C, H, W), returns positive scores (N, 1, H, W).
     """
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, epsilon: float = 1e-5) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, hidden, 1, bias=False)
-        self.bn = nn.BatchNorm2d(hidden)
+        self.bn = nn.BatchNorm2d(hidden, epsilon)
         self.conv2 = nn.Conv2d(hidden, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -73,7 +73,9 @@ class Delf(nn.Module):
         self.spec = spec
         channels = spec.trunk.channels
         self.trunk = Trunk(spec.trunk)
-        self.attention = AttentionHead(channels, spec.attention_channels) if spec.attention_channels else None
+        self.attention: AttentionHead | None = None
+        if spec.attention_channels:
+            self.attention = AttentionHead(channels, spec.attention_channels, spec.trunk.epsilon)
         self.reduction = Reduction(channels, spec.dim)
         self.global_reduction = Reduction(channels, spec.global_dim) if spec.global_dim else None
 

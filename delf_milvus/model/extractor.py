@@ -2,7 +2,8 @@
 
 A cell (row, column) of the map at pyramid scale s is a keypoint at pixel (stride * column / s, stride * row / s) of
 the photo. Cells of all scales compete by their score alone; ties go to the earlier scale, then row by row, so that
-the same photo always gives the same features.
+the same photo always gives the same features. How a level is made is the model's (`spec.Pyramid`): a network meets the
+pixels that it was trained on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from delf_milvus.features import Box, Features, clipped_box
 from delf_milvus.model import weights
 from delf_milvus.model.delf import pooled
+from delf_milvus.model.resize import resize_tf_bilinear, tf_size
 from delf_milvus.model.runtime import prepare, resolve_dtype
 from delf_milvus.model.spec import fingerprint_of, resolve, selection_of
 from delf_milvus.settings import ExtractSettings
@@ -40,6 +42,8 @@ class Extractor:
         self.plan = settings.plan
         self.selection = selection_of(path, network.spec, settings)
         self._stride = network.spec.trunk.stride
+        self._pyramid = network.spec.pyramid
+        self._least_attention = settings.min_attention
         self._network = prepare(network, self.device, self.dtype)
 
     def extract(self, photo: RgbImage, count: int, box: Box | None = None) -> Features:
@@ -47,7 +51,8 @@ class Extractor:
 
         box: x0, y0, x1, y1 in pixels. It is cut out before the pyramid, so that the whole budget of features goes to
         it; locations stay in pixels of the whole photo. Levels with a side shorter than one cell are left out, so a
-        photo smaller than a cell has no features.
+        photo smaller than a cell has no features; the "tf-bilinear" pyramid keeps every level that has a pixel. Cells
+        that score below `min_attention` are no features.
 
         Raises UsageError for a box that leaves nothing of the photo.
         """
@@ -62,6 +67,8 @@ class Extractor:
                 return _no_features(self.fingerprint.dim, width, height)
             scores = torch.cat([level[0] for level in levels])
             order = torch.sort(scores, descending=True, stable=True).indices[:count]
+            if self._least_attention is not None:
+                order = order[scores[order] >= self._least_attention]
             maps = torch.cat([level[1] for level in levels])[order]
             descriptors = self._network.reduction(maps).cpu().numpy()
             global_descriptor = self._global_descriptor([level[1] for level in levels])
@@ -83,13 +90,9 @@ class Extractor:
         self, region: RgbImage, scale: float
     ) -> tuple[Tensor, Tensor, npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
         """Scores (n,), maps (n, C), locations (n, 2) and scales (n,) of one pyramid level; None if it is too small."""
-        height, width = (round(side * scale) for side in region.shape[:2])
-        if min(height, width) < self._stride:
+        pixels = self._resized(region, scale)
+        if pixels is None:
             return None
-        if (height, width) != region.shape[:2]:
-            method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-            region = cv2.resize(region, (width, height), interpolation=method).astype(np.uint8, copy=False)
-        pixels = torch.from_numpy(np.ascontiguousarray(region)).to(self.device)
         # (H, W, 3) seen as (1, 3, H, W) is channels last already.
         features, scores = self._network(pixels.permute(2, 0, 1)[None].float(), self.selection)
         rows, columns = features.shape[2:]
@@ -101,6 +104,22 @@ class Extractor:
             locations,
             np.full(rows * columns, 1 / scale, np.float32),
         )
+
+    def _resized(self, region: RgbImage, scale: float) -> Tensor | None:
+        """The pixels of one level, (h, w, 3); None if it is too small."""
+        if self._pyramid == "tf-bilinear":
+            height, width = tf_size(region.shape[:2], scale)
+            if min(height, width) < 1:
+                return None
+            pixels = torch.from_numpy(np.ascontiguousarray(region)).to(self.device)
+            return resize_tf_bilinear(pixels.float(), height, width)
+        height, width = (round(side * scale) for side in region.shape[:2])
+        if min(height, width) < self._stride:
+            return None
+        if (height, width) != region.shape[:2]:
+            method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+            region = cv2.resize(region, (width, height), interpolation=method).astype(np.uint8, copy=False)
+        return torch.from_numpy(np.ascontiguousarray(region)).to(self.device)
 
 
 def _no_features(dim: int, width: int, height: int) -> Features:

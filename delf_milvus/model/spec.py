@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
@@ -31,6 +31,7 @@ class TrunkSpec:
     strides: spatial stride of each stage; the stem has stride 4.
     widths: channels of the 3x3 convolution in each stage; a stage's output has four times as many.
     mean, std: normalisation of pixel values divided by 255.
+    epsilon: of every BatchNorm, the attention head's included.
     """
 
     layout: Literal["v1", "v1.5", "v2"] = "v2"
@@ -57,6 +58,11 @@ class TrunkSpec:
 
 Selection = Literal["attention", "norm"]
 
+Pyramid = Literal["area", "tf-bilinear"]
+"""How a photo becomes the levels of the pyramid: "area" averages what falls together and interpolates what is
+enlarged, rounded to whole values, and leaves out levels with a side shorter than one cell; "tf-bilinear" is the
+official exports' `ResizeBilinear` without aligned corners and half pixels, unrounded, for levels of any size."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -67,6 +73,9 @@ class ModelSpec:
     dim: length of the reduced descriptors.
     attention_channels: hidden channels of the attention head; 0 where the file has no head.
     global_dim: length of the global descriptor; 0 where the file has no reduction for one.
+    pyramid: how the levels are made that the network was trained on.
+
+    Raises ValueError at construction for a pyramid that is not known.
     """
 
     trunk: TrunkSpec = field(default_factory=TrunkSpec)
@@ -74,6 +83,11 @@ class ModelSpec:
     dim: int = 40
     attention_channels: int = 512
     global_dim: int = 0
+    pyramid: Pyramid = "area"
+
+    def __post_init__(self) -> None:
+        if self.pyramid not in get_args(Pyramid):
+            raise ValueError(f"unknown pyramid {self.pyramid!r}")
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelSpec:

@@ -62,9 +62,9 @@ class AttentionPooling(nn.Module):
     logits (photos, classes). Cells are not padded to one size: the head's BatchNorm sees real cells only.
     """
 
-    def __init__(self, channels: int, hidden: int, classes: int) -> None:
+    def __init__(self, channels: int, hidden: int, classes: int, epsilon: float = 1e-5) -> None:
         super().__init__()
-        self.head = AttentionHead(channels, hidden)
+        self.head = AttentionHead(channels, hidden, epsilon)
         self.classifier = nn.Linear(channels, classes)
 
     def forward(self, cells: Tensor, photo: Tensor, photos: int) -> Tensor:
@@ -100,7 +100,8 @@ def train_attention(config: AttentionConfig, say: Say = print) -> Path:
     cache = _FeatureCache(config, training, config.views, config.out / "training.f16", initial, say)
     checks = _FeatureCache(config, validation, 1, config.out / "validation.f16", initial, say)
 
-    pooling = AttentionPooling(spec.trunk.channels, config.hidden, len(photos.classes)).to(device)
+    epsilon = spec.trunk.epsilon
+    pooling = AttentionPooling(spec.trunk.channels, config.hidden, len(photos.classes), epsilon).to(device)
     optimizer = torch.optim.AdamW(pooling.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     steps_an_epoch = len(cache) // config.batch
     steps = config.epochs * steps_an_epoch

@@ -53,6 +53,17 @@ def test_selection_keeps_the_highest_scores_of_all_scales(model: Path) -> None:
     np.testing.assert_array_equal(few.locations, everything.locations[:50])
 
 
+def test_cells_below_the_least_attention_are_no_features(model: Path) -> None:
+    everything = extractor(model).extract(make_photo(2), 4096)
+    bar = float(everything.attention[30])
+    above = extractor(model, min_attention=bar).extract(make_photo(2), 4096)
+    np.testing.assert_array_equal(above.attention, everything.attention[everything.attention >= bar])
+    np.testing.assert_array_equal(above.locations, everything.locations[: len(above)])
+    assert 31 <= len(above) < len(everything)
+    none = extractor(model, min_attention=1e9).extract(make_photo(2), 4096)
+    assert (len(none), none.dim) == (0, 16)
+
+
 def test_features_equal_a_plain_pass_over_one_level(model: Path) -> None:
     photo = make_photo(3, 96, 64)
     features = extractor(model, scales=(1.0,)).extract(photo, 4096)
@@ -146,3 +157,4 @@ def test_the_fingerprint_tells_models_and_pyramids_apart(model: Path, tmp_path: 
     assert one != extractor(model, selection="norm").fingerprint
     # How many features are kept changes none of them.
     assert one == extractor(model, stored_features=7).fingerprint
+    assert one == extractor(model, min_attention=0.5).fingerprint

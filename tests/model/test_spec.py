@@ -30,6 +30,15 @@ def test_a_file_that_is_not_safetensors_has_no_fingerprint(tmp_path: Path, conte
         fingerprint_of(path, ExtractSettings())
 
 
+def test_a_pyramid_that_this_version_does_not_make_is_refused(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "model.safetensors")
+    content = path.read_bytes()
+    assert content.count(b'\\"area\\"') == 1
+    path.write_bytes(content.replace(b'\\"area\\"', b'\\"none\\"'))
+    with pytest.raises(ModelError, match="unknown pyramid 'none'"):
+        read_header(path)
+
+
 def test_an_index_opens_and_finds_nothing_to_do_without_torch(tmp_path: Path) -> None:
     code = """
 import sys
