@@ -141,6 +141,16 @@ class Fingerprint:
     precision: str = "float"
     coordinates: str = "pixel centres at integers, upright"
 
+    @staticmethod
+    def elsewhere(name: str, dim: int) -> Fingerprint:
+        """Of features that no model of ours made: `name` says who did ("superpoint-v1")."""
+        return Fingerprint(weights=name, selection="", dim=dim, longest_side=0, scales=(), stride=0)
+
+    @property
+    def made_elsewhere(self) -> str:
+        """Who made the features, where no model of ours did; else ""."""
+        return "" if self.stride else self.weights
+
     def to_json(self) -> str:
         """Canonical JSON text."""
         return json.dumps(asdict(self), sort_keys=True)
