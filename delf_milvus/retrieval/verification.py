@@ -2,10 +2,11 @@
 
 DELF keypoints carry a scale, so each match alone proposes a scale and a translation; where photos are rotated against
 each other, two matches propose a rotation as well, and their scales sort out most of the pairs that cannot be right
-(`proposing`). Every proposal is scored against every match with one matrix product; the best are refined by least
-squares, first as similarities, then as affine transforms, each time on the matches that the last fit explains
-(`fitting`: local optimisation). There is no random sampling, and nothing depends on other pairs: the same bytes on
-every run, in any order, on any number of threads.
+(`proposing`); where an extractor gives all keypoints one scale, two matches propose any change of scale. Every proposal
+is scored against every match with one matrix product; the best are refined by least squares, first as similarities,
+then as affine transforms, each time on the matches that the last fit explains (`fitting`: local optimisation). There is
+no random sampling, and nothing depends on other pairs: the same bytes on every run, in any order, on any number of
+threads.
 
 Lengths are compared in pixels of a photo with a longest side of 640, `FRAME`, whatever the size of the real one.
 """
