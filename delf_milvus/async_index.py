@@ -135,7 +135,7 @@ class AsyncDelfIndex:
 
     async def search(
         self,
-        image: Source,
+        image: Source | Features,
         top_k: int | None = None,
         *,
         box: Box | None = None,

@@ -81,6 +81,14 @@ class Features:
         """Length of a descriptor."""
         return int(self.descriptors.shape[1])
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it, hexadecimal."""
+        digest = hashlib.sha256(f"{len(self)} {self.dim} {self.width} {self.height} ".encode())
+        for array in (self.locations, self.scales, self.attention, self.descriptors):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
     def top(self, count: int) -> Features:
         """The `count` features of highest attention."""
         return self.take(np.arange(min(count, len(self))))

@@ -12,7 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
-from delf_milvus.cli import calibrate, config, data, evaluate, index, ingest, manage, operate, reindex, search, train
+from delf_milvus.cli import (
+    calibrate,
+    config,
+    data,
+    evaluate,
+    extract,
+    index,
+    ingest,
+    manage,
+    operate,
+    reindex,
+    search,
+    train,
+)
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
@@ -29,6 +42,7 @@ app = typer.Typer(
     ),
 )
 app.command("ingest")(ingest.ingest)
+app.command("extract")(extract.extract)
 app.command("reindex")(reindex.reindex)
 app.command("search")(search.search)
 app.command("match")(search.match)

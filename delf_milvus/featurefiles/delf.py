@@ -154,7 +154,10 @@ def _messages() -> dict[str, type[Message]]:
     message(
         "DelfFeature",
         ("descriptor", 1, "DatumProto", False),
-        *((field, place, number, False) for place, field in enumerate(("x", "y", "scale", "orientation", "strength"), 2)),
+        *(
+            (field, place, number, False)
+            for place, field in enumerate(("x", "y", "scale", "orientation", "strength"), 2)
+        ),
     )
     message("DelfFeatures", ("feature", 1, "DelfFeature", True))
     pool = descriptor_pool.DescriptorPool()

@@ -52,6 +52,8 @@ def read_with_digest(path: Path, name: str = "") -> tuple[LocalFeatures, str]:
         return hloc.read_with_digest(path, name)
     parsers = {".npz": npz.parse, ".delf": delf.parse}
     if suffix not in parsers:
-        raise UsageError(f"{one_line(path)} is not a feature file; it must end with one of {', '.join(sorted(SUFFIXES))}.")
+        raise UsageError(
+            f"{one_line(path)} is not a feature file; it must end with one of {', '.join(sorted(SUFFIXES))}."
+        )
     data = read_file(path, MAX_FILE_BYTES, "it is no feature file of one photo")
     return parsers[suffix](data, str(path)), content_digest(data)

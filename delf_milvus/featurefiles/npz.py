@@ -110,7 +110,11 @@ def _array(archive: zipfile.ZipFile, name: str, source: str) -> npt.NDArray[Any]
     shape, is_fortran, dtype = headers[version](stream)
     if dtype.hasobject:
         damaged(source, f"its {name} are pickled objects, which are never read")
-    if math.prod(shape) * dtype.itemsize != len(data) - stream.tell() or dtype.itemsize == 0 or min(shape, default=0) < 0:
+    if (
+        math.prod(shape) * dtype.itemsize != len(data) - stream.tell()
+        or dtype.itemsize == 0
+        or min(shape, default=0) < 0
+    ):
         damaged(source, f"its {name} have another size than their header says")
     values: npt.NDArray[Any] = np.frombuffer(data, dtype, offset=stream.tell())
     return values.reshape(shape, order="F" if is_fortran else "C")
