@@ -179,7 +179,7 @@ class AttachedCollections:
         if stored.made_elsewhere and not wanted.made_elsewhere:
             raise CollectionError(
                 f"{here} holds features made elsewhere ({stored.made_elsewhere}, {stored.dim} components), not this "
-                "model's: search and ingest feature files with --features, or name another with --collection."
+                "model's: give it feature files of that extractor with --features, or name another with --collection."
             )
         differences = "; ".join(stored.differences(wanted))
         raise CollectionError(

@@ -40,8 +40,8 @@ class StoreStatus:
     substitute_for: the index that index_used stands in for because this backend lacks it, or "". index_state: as Milvus
     says. indexed_rows, index_total_rows: how far it is built; what was written a moment ago is in neither.
     memory_bytes: an estimate for the loaded features. fingerprint: of the model that filled the collection.
-    made_elsewhere: who made its features, where no model of ours did, else "". fields: declarations of the fields that a
-    search can be filtered by. tenant_field: the one that keeps tenants apart, or "". pymilvus: its version.
+    made_elsewhere: who made its features, where no model of ours did, else "". fields: declarations of the fields that
+    a search can be filtered by. tenant_field: the one that keeps tenants apart, or "". pymilvus: its version.
     """
 
     backend: str
