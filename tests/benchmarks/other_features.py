@@ -105,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--kinds", nargs="*", default=["sift", "orb"])
+    parser.add_argument("--parts", nargs="*", default=["pairs", "collection"])
     parser.add_argument("--similarity", type=float, help="verify.similarity")
     arguments = parser.parse_args()
     photos = sorted((arguments.data / "ukbench").iterdir())
@@ -122,8 +123,9 @@ def main() -> None:
                     known[number] = extracted(photos[number], kind, has_scales)
                 return known[number]
 
-            pairs(of, settings)
-            if not has_scales or kind == "sift":
+            if "pairs" in arguments.parts:
+                pairs(of, settings)
+            if "collection" in arguments.parts:
                 collection(of, f"{kind}-opencv", settings)
 
 
