@@ -84,7 +84,7 @@ def collection(of: Callable[[int], Features], name: str, settings: Settings) -> 
             for i in range(250):
                 judged = index.judge(of(4 * i + 3))
                 asked.append((f"{i:03d}", judged.evidence, [one.image_id[:3] for one in judged.candidates]))
-            new, _ = recalibrate(index, RecalibrationConfig(limit=3 * STORED))
+            new, _ = recalibrate(index, RecalibrationConfig(limit=STORED))
             for title, calibration in (("bundled", index.calibration), ("own", new)):
                 right = first = false = 0
                 for group, rows, names in asked:
