@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delf_milvus.errors import DatabaseError, UsageError
-from delf_milvus.features import Box, Features
+from delf_milvus.features import Box, Features, Fingerprint
 from delf_milvus.imaging.decode import Source
 from delf_milvus.index import DelfIndex, Query, candidates_of, named_of
 from delf_milvus.matcher import PairResult
@@ -83,6 +83,7 @@ class AsyncDelfIndex:
         settings: Settings | None = None,
         create: bool = True,
         any_model: bool = False,
+        made_by: Fingerprint | None = None,
         threads: int = 4,
     ) -> AsyncDelfIndex:
         """Open the database at `uri`, a path (embedded) or http(s)://host:port, or the one that `client` talks to.
@@ -95,7 +96,13 @@ class AsyncDelfIndex:
             raise UsageError(f"The number of threads must be at least 1, not {threads}.")
         settings = (settings or Settings()).with_database(None if uri is None else str(uri), token)
         made = functools.partial(
-            DelfIndex, collection=collection, model=model, settings=settings, create=create, any_model=any_model
+            DelfIndex,
+            collection=collection,
+            model=model,
+            settings=settings,
+            create=create,
+            any_model=any_model,
+            made_by=made_by,
         )
         pool = ThreadPoolExecutor(threads, "delf-milvus")
         owned: AsyncMilvusClient | None = None
@@ -136,7 +143,7 @@ class AsyncDelfIndex:
 
     async def search(
         self,
-        image: Source,
+        image: Source | Features,
         top_k: int | None = None,
         *,
         box: Box | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,14 @@ class Features:
         """Length of a descriptor."""
         return int(self.descriptors.shape[1])
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it, hexadecimal."""
+        digest = hashlib.sha256(f"{len(self)} {self.dim} {self.width} {self.height} ".encode())
+        for array in (self.locations, self.scales, self.attention, self.descriptors, self.global_descriptor):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
     def top(self, count: int) -> Features:
         """The `count` features of highest attention."""
         return self.take(np.arange(min(count, len(self))))
@@ -152,6 +160,17 @@ class Fingerprint:
     precision: str = "float"
     coordinates: str = "pixel centres at integers, upright"
     global_dim: int = 0
+
+    @staticmethod
+    def elsewhere(name: str, dim: int, global_dim: int = 0) -> Fingerprint:
+        """Of features that no model of ours made: `name` says who did ("superpoint-v1")."""
+        made = Fingerprint(weights=name, selection="", dim=dim, longest_side=0, scales=(), stride=0)
+        return replace(made, global_dim=global_dim)
+
+    @property
+    def made_elsewhere(self) -> str:
+        """Who made the features, where no model of ours did; else ""."""
+        return "" if self.stride else self.weights
 
     def to_json(self) -> str:
         """Canonical JSON text."""

@@ -16,9 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.errors import CollectionError, InputError, ModelError, NotFoundError, UsageError, one_line
-from delf_milvus.features import Box, Features, clipped_box
+from delf_milvus.featurefiles.arrays import LocalFeatures
+from delf_milvus.featurefiles.formats import read_place
+from delf_milvus.features import Box, Features, Fingerprint, clipped_box
 from delf_milvus.imaging.decode import Source, decode, source_digest
 from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
+from delf_milvus.ingestion.precomputed import gone_features, ingest_features, maker_of, scan_features
 from delf_milvus.ingestion.reindex import ReindexReport, reindex
 from delf_milvus.ingestion.scan import read_listing, scan
 from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
@@ -62,12 +65,14 @@ class DelfIndex:
         settings: Settings | None = None,
         create: bool = True,
         any_model: bool = False,
+        made_by: Fingerprint | None = None,
     ) -> None:
         """Open the collection over `client`, or over the database that `settings.uri` names.
 
         collection, model: override the settings. create: make the collection at the first write if it is absent.
-        any_model: accept a collection of any model; such an index can list, show and delete, but neither ingest nor
-        search.
+        any_model: accept a collection of any model; such an index can list, show and delete, ingest and search features
+        that were made elsewhere, but no photos. made_by: for a collection of features made elsewhere, who made them:
+        `Fingerprint.elsewhere("superpoint-v1", 256)`; instead of a model.
 
         Raises DatabaseError, CollectionError or ModelError.
         """
@@ -79,7 +84,7 @@ class DelfIndex:
         self._store = FeatureStore.open(
             self.settings.uri,
             self.settings.collection,
-            None if any_model else self._matcher.fingerprint,
+            made_by or (None if any_model else self._matcher.fingerprint),
             self.settings.store,
             token=self.settings.token.get_secret_value(),
             client=client,
@@ -98,6 +103,7 @@ class DelfIndex:
         settings: Settings | None = None,
         create: bool = True,
         any_model: bool = False,
+        made_by: Fingerprint | None = None,
     ) -> DelfIndex:
         """Open the database at `uri`: a path (embedded) or http(s)://host:port; the rest as for the constructor."""
         return cls(
@@ -106,7 +112,18 @@ class DelfIndex:
             settings=(settings or Settings()).with_database(None if uri is None else str(uri), token),
             create=create,
             any_model=any_model,
+            made_by=made_by,
         )
+
+    @property
+    def made_elsewhere(self) -> str:
+        """Who made the features of the collection, where no model of ours did; else ""."""
+        fingerprint = self._store.stored_fingerprint or self._store.expected_fingerprint
+        return fingerprint.made_elsewhere if fingerprint else ""
+
+    def require_model(self) -> None:
+        """Raise CollectionError unless the collection is of this index's model, whatever it was opened with."""
+        self._store.expect(self._matcher.fingerprint)
 
     def ingest(
         self,
@@ -126,6 +143,7 @@ class DelfIndex:
 
         Raises InputError for a path that does not exist, UsageError for two photos with one id, DatabaseError.
         """
+        self._check_own()
         listing = None if ids_from is None else read_listing(Path(ids_from))
         roots = [Path(path) for path in paths]
         scanned = scan(roots, id_prefix=id_prefix, follow_links=self.settings.ingest.follow_links, listing=listing)
@@ -140,6 +158,48 @@ class DelfIndex:
         )
         if prune and not report.interrupted and not report.stopped:
             missing = gone(self._store, scanned.roots, report.failures)
+            report.removed = len(missing) if dry_run else len(self._store.delete(missing))
+        if not dry_run:
+            self._store.ensure_index()
+            self._added = False
+        return report
+
+    def ingest_features(
+        self,
+        paths: Sequence[str | Path],
+        name: str = "",
+        *,
+        id_prefix: str = "",
+        ids_from: str | Path | None = None,
+        prune: bool = False,
+        dry_run: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> IngestReport:
+        """Store features that were made elsewhere, from `.npz`, `.delf` and `.h5` files and from folders of them.
+
+        name: who made them, where the files do not say. An image's id is the path of its file without the suffix, or
+        its name in an `.h5` file. Of each image the `stored_features` of highest score are kept, their descriptors
+        scaled to unit L2 norm; descriptors of norm zero are left out. The other arguments as of `ingest`. An index
+        opened with `any_model` makes an absent collection for what the first file says.
+
+        Raises UsageError where nothing says who made them, or for two of one id; CollectionError where the collection
+        has features of another extractor; InputError for a path that does not exist; DatabaseError.
+        """
+        listing = None if ids_from is None else read_listing(Path(ids_from))
+        roots = [Path(path) for path in paths]
+        scanned = scan_features(
+            roots, id_prefix=id_prefix, follow_links=self.settings.ingest.follow_links, listing=listing
+        )
+        known = self._store.stored_fingerprint or self._store.expected_fingerprint
+        made_by = maker_of(scanned, name) or known
+        if made_by is None:
+            raise InputError("None of these feature files can be read; `--features` takes .npz, .delf and .h5 files.")
+        self._store.expect(made_by)
+        report = ingest_features(
+            scanned, self._store, made_by, self.settings, name=name, dry_run=dry_run, progress=progress
+        )
+        if prune and not report.interrupted and not report.stopped:
+            missing = gone_features(self._store, scanned, report.failures)
             report.removed = len(missing) if dry_run else len(self._store.delete(missing))
         if not dry_run:
             self._store.ensure_index()
@@ -165,6 +225,11 @@ class DelfIndex:
         old, fingerprint = self._store, self._matcher.fingerprint
         if old.stored_fingerprint is None:
             raise CollectionError("There is no collection to rebuild yet; run `delf-milvus ingest FOLDER` first.")
+        if name := self.made_elsewhere:
+            raise CollectionError(
+                f"This collection holds features made elsewhere ({name}), which no model here can make again: ingest "
+                "new ones into another collection with `ingest --features`."
+            )
         if old.stored_fingerprint == fingerprint:
             report = ReindexReport(old.generation, old.generation, images=old.count_images(), switched=True)
         else:
@@ -192,6 +257,7 @@ class DelfIndex:
         features stored. Raises ImageError when it cannot be decoded, InputError for an id or
         metadata that cannot be stored, DatabaseError.
         """
+        self._check_own()
         extractor = self._matcher.extractor
         photo = self._matcher.decode(image, image_id)
         features = extractor.extract(photo, extractor.plan.stored_features)
@@ -205,9 +271,34 @@ class DelfIndex:
         self._added = True
         return len(features)
 
+    def add_features(
+        self, features: Features, image_id: str, metadata: Mapping[str, Any] | None = None, uri: str = ""
+    ) -> None:
+        """Store the features of one photo as they are, replacing what has its id; who made them is the caller's word.
+
+        The index of the descriptors is brought up to date as by `add`. Raises CollectionError for descriptors of
+        another length or too many features, InputError for an id or metadata that cannot be stored, DatabaseError.
+        """
+        record = ImageRecord(image_id=image_id, uri=uri, sha256=features.digest, metadata=dict(metadata or {}))
+        self._store.write([(record, features)])
+        self._added = True
+
+    def read_features(self, place: str | Path) -> Features:
+        """The features of a query in a `.npz` or `.delf` file, or of `features.h5#name`, for this collection.
+
+        Raises InputError for a file that cannot be used, CollectionError where it says that another extractor made them
+        than the collection's, or does not say that this model did.
+        """
+        found = read_place(place)
+        stored = self._store.stored_fingerprint or self._store.expected_fingerprint
+        features = found.features(self.settings.extract.plan.query_features, str(place))
+        if stored is not None and len(features):
+            _check_maker(found, stored, str(place))
+        return features
+
     def search(
         self,
-        image: Source,
+        image: Source | Features,
         top_k: int | None = None,
         *,
         box: Box | None = None,
@@ -216,13 +307,14 @@ class DelfIndex:
     ) -> SearchResult:
         """Find the stored images that show the same thing as a photo.
 
-        image: path, bytes, PIL image or RGB uint8 array (H, W, 3). top_k: answers at most, else the settings'.
+        image: path, bytes, PIL image or RGB uint8 array (H, W, 3); or features, of what made the collection's: then no
+        model is loaded. top_k: answers at most, else the settings'.
         box: x0, y0, x1, y1 in pixels, the part of the photo to search for. filter: only images that meet it, in
         declared fields: `{"tenant": "a", "year": {">=": 2020}}`, whose values are escaped, or an expression in Milvus's
         language, `'tenant == "a" and year >= 2020'`.
 
         Raises ImageError when the photo cannot be decoded, UsageError for a box outside of it or a filter that does not
-        fit the collection, DatabaseError.
+        fit the collection, CollectionError for features of another length, DatabaseError.
         """
         queries = self.queries(image, top_k, box)
         source = _StoreSource(self._store, filter)
@@ -243,31 +335,44 @@ class DelfIndex:
         ]
         return self.result(queries, found, top_k)
 
-    def query(self, image: Source, top_k: int | None = None, box: Box | None = None) -> Query:
+    def query(self, image: Source | Features, top_k: int | None = None, box: Box | None = None) -> Query:
         """The first stage of a `search` for one view, which needs no database: arguments and errors as there."""
         return self._queries(image, top_k, box, one=True)[0]
 
-    def queries(self, image: Source, top_k: int | None = None, box: Box | None = None) -> list[Query]:
+    def queries(self, image: Source | Features, top_k: int | None = None, box: Box | None = None) -> list[Query]:
         """The same for all views that the settings ask for (`search.parts`, `search.turned`)."""
         return self._queries(image, top_k, box, one=False)
 
-    def _queries(self, image: Source, top_k: int | None, box: Box | None, *, one: bool) -> list[Query]:
+    def _queries(self, image: Source | Features, top_k: int | None, box: Box | None, *, one: bool) -> list[Query]:
         search = self.settings.search
         if top_k is not None:
             if top_k < 1:
                 raise UsageError(f"The number of answers must be at least 1, not {top_k}.")
             search = search.model_copy(update={"top": top_k})
         timings = Timings()
+        name = str(image) if isinstance(image, str | Path) else ""
+        made_by = self._store.stored_fingerprint or self._store.expected_fingerprint or self._matcher.fingerprint
+
+        def made(features: Features, search: SearchSettings, box: Box, view: View, size: tuple[int, int]) -> Query:
+            return Query(name, made_by.short, features, search, box, timings, self.calibrated, view, size)
+
+        if isinstance(image, Features):
+            if not one and (search.parts or search.turned):
+                raise UsageError("Parts and turned views are extracted from a photo; search with one, or without them.")
+            clipped = clipped_box(box, image.width, image.height)
+            (view,) = views_of(clipped, parts=False, turned=False)
+            features = _inside(image, box).top(self.settings.extract.plan.query_features)
+            return [made(features, search, clipped, view, (image.width, image.height))]
+        self._check_own()
         with timings.measure("decode"):
             photo = self._matcher.decode(image)
         height, width = photo.shape[:2]
         clipped = clipped_box(box, width, height)
-        name, model = str(image) if isinstance(image, str | Path) else "", self._matcher.fingerprint.short
         views = views_of(clipped, parts=search.parts, turned=search.turned)
         if one or len(views) == 1:
             with timings.measure("extract"):
                 features = self._matcher.query_features(photo, box)
-            return [Query(name, model, features, search, clipped, timings, views[0], (width, height))]
+            return [made(features, search, clipped, views[0], (width, height))]
         # What is left out of one view's answers may be wanted beside those of the others.
         all_hits = search.model_copy(update={"top": MOST_ANSWERS, "per_region": 0})
         found = []
@@ -275,7 +380,7 @@ class DelfIndex:
             with timings.measure("extract"):
                 features = self._matcher.query_features(view.cut(photo))
             whole = (0.0, 0.0, float(features.width), float(features.height))
-            found.append(Query(name, model, features, all_hits, whole, timings, view, (width, height)))
+            found.append(made(features, all_hits, whole, view, (width, height)))
         return found
 
     def result(self, queries: Sequence[Query], found: Sequence[list[Hit]], top_k: int | None = None) -> SearchResult:
@@ -300,7 +405,9 @@ class DelfIndex:
         source = _StoreSource(self._store, filter)
         return judge_candidates(features, source, self.settings.search, self.settings.verify, Timings())
 
-    def explain(self, image: Source, image_id: str, *, box: Box | None = None, filter: Filter = "") -> Explanation:
+    def explain(
+        self, image: Source | Features, image_id: str, *, box: Box | None = None, filter: Filter = ""
+    ) -> Explanation:
         """What each stage of `search` thinks of one stored image; arguments and errors as there.
 
         Raises NotFoundError for an image that is not stored.
@@ -417,6 +524,11 @@ class DelfIndex:
         """What a number of inliers means with this model; raises ModelError."""
         return self._matcher.calibration
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the calibration was measured with the collection's features, or given by the settings."""
+        return bool(self.settings.verify.calibration) or (not self.made_elsewhere and self._matcher.calibrated)
+
     def fsck(self, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> FsckReport:
         """Look for what does not fit together in the database, and with `repair` mend it.
 
@@ -453,6 +565,14 @@ class DelfIndex:
             read_only=read_only,
         )
 
+    def _check_own(self) -> None:
+        """Raise CollectionError where photos cannot be extracted for this collection."""
+        if name := self.made_elsewhere:
+            raise CollectionError(
+                f"This collection holds features made elsewhere ({name}), so photos cannot be extracted for it: give "
+                "feature files with --features."
+            )
+
     def close(self) -> None:
         """Bring the index up to date if photos were added, and release the database unless its client was handed in."""
         try:
@@ -475,7 +595,8 @@ class Query:
     """A query photo after extraction, and how it is searched for.
 
     name: its path, or "". model: short fingerprint. box: the part searched for, pixels of what the features were
-    extracted from: the photo, or where there are several views the view. size: of the photo, (width, height).
+    extracted from: the photo, or where there are several views the view. calibrated: as of `SearchResult`. size: of the
+    photo, (width, height).
     """
 
     name: str
@@ -484,6 +605,7 @@ class Query:
     search: SearchSettings
     box: Box
     timings: Timings
+    calibrated: bool
     view: View
     size: tuple[int, int]
 
@@ -496,6 +618,7 @@ class Query:
             hits=hits,
             timings=self.timings,
             query_features=len(self.features),
+            calibrated=self.calibrated,
         )
 
 
@@ -534,6 +657,37 @@ class _StoreSource:
 
     def named(self, image_keys: npt.NDArray[np.int64]) -> dict[int, Named]:
         return named_of(self._store.named(image_keys))
+
+
+def _inside(features: Features, box: Box | None) -> Features:
+    """The features whose keypoints lie in the box."""
+    if box is None:
+        return features
+    low, high = np.array(clipped_box(box, features.width, features.height)).reshape(2, 2)
+    inside = np.all((features.locations >= low) & (features.locations <= high), axis=1)
+    return features.take(np.flatnonzero(inside))
+
+
+def _check_maker(found: LocalFeatures, stored: Fingerprint, place: str) -> None:
+    """Raise unless a query's features can be compared with the stored ones, as far as anybody can tell."""
+    try:
+        said = found.fingerprint
+    except ValueError as error:
+        raise InputError(f"{one_line(place)} cannot be used as a feature file: {error}.") from error
+    if said is None and not stored.made_elsewhere:
+        raise CollectionError(
+            f"{one_line(place)} does not say which model made its features; extract them with --format npz or hloc for "
+            "a collection that a model of ours made."
+        )
+    dim = found.descriptors.shape[1]
+    if said is None and dim != stored.dim:
+        said = Fingerprint.elsewhere(stored.weights, dim, stored.global_dim)
+    if said is not None and said != stored:
+        differences = "; ".join(stored.differences(said))
+        raise CollectionError(
+            f"{one_line(place)} has features of another extractor than the collection ({differences}): search with the "
+            "one that it was made with."
+        )
 
 
 def _file_name(image_id: str) -> str:

@@ -100,6 +100,12 @@ class PhotoMatcher:
             self._calibration = Calibration.read(beside if beside.is_file() else bundled)
         return self._calibration
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibration` was measured with this model, or given by the settings."""
+        path = resolve(self.settings.model)
+        return bool(self.settings.verify.calibration) or path.with_suffix(CALIBRATION_SUFFIX).is_file()
+
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """What identifies the features that this matcher extracts; raises ModelError as `extractor` does."""

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, create_model
 from delf_milvus.errors import UsageError
 from delf_milvus.evaluation.comparison import Comparison
 from delf_milvus.evaluation.report import EvaluationReport
+from delf_milvus.ingestion.extraction import ExtractReport
 from delf_milvus.ingestion.pipeline import IngestReport
 from delf_milvus.retrieval.answers import Hit, SearchResult
 from delf_milvus.settings import Settings
@@ -41,6 +42,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "settings": TypeAdapter(Settings).json_schema(),
         "search_result": TypeAdapter(_printed(SearchResult, hits=list[hit])).json_schema(mode="serialization"),  # type: ignore[valid-type]
         "ingest_report": TypeAdapter(_printed(IngestReport, failed=int)).json_schema(mode="serialization"),
+        "extract_report": TypeAdapter(_printed(ExtractReport, failed=int)).json_schema(mode="serialization"),
         "status": TypeAdapter(_printed(StoreStatus)).json_schema(mode="serialization"),
         "export_manifest": TypeAdapter(Manifest).json_schema(),
         "export_report": TypeAdapter(_printed(ExportReport)).json_schema(mode="serialization"),

@@ -37,21 +37,37 @@ def ingest(
         str | None, typer.Option(help="Field that keeps tenants apart (see --tenant), for a new collection.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Features kept of a photo. Default: the preset's")] = None,
+    features: Annotated[
+        bool, typer.Option("--features", help="PATH are feature files (.npz, .delf, .h5), or folders of them.")
+    ] = False,
+    features_name: Annotated[
+        str | None, typer.Option(help="Who made those features, where the files do not say: superpoint-v1.")
+    ] = None,
 ) -> None:
     """Store the photos of folders; what is stored already and unchanged is left alone.
 
     Example: delf-milvus ingest photos/ --prune
+
+    Example: delf-milvus --collection superpoint ingest --features feats.h5 --features-name superpoint-v1
     """
+    if features_name is not None and not features:
+        raise UsageError("--features-name says who made feature files: give --features too.")
     state = state_of(context)
     stages: Stages = {
         "ingest": {"on_error": on_error},
-        "extract": {"preset": preset},
+        "extract": {"preset": preset, "stored_features": count},
         "store": {"fields": _declarations(field or []) or None, "tenant_field": tenant_field},
     }
-    with state.open(stages, create=not dry_run) as index, Bar(show_progress(state.quiet), "ingest") as bar:
-        report = index.ingest(
-            paths, id_prefix=id_prefix, ids_from=ids_from, prune=prune, dry_run=dry_run, progress=bar.update
-        )
+    with (
+        state.open(stages, create=not dry_run, any_model=features) as index,
+        Bar(show_progress(state.quiet), "ingest") as bar,
+    ):
+        options: dict[str, Any] = {"id_prefix": id_prefix, "ids_from": ids_from, "prune": prune, "dry_run": dry_run}
+        if features:
+            report = index.ingest_features(paths, features_name or "", **options, progress=bar.update)
+        else:
+            report = index.ingest(paths, **options, progress=bar.update)
     _tell(report, state.json, state.quiet, dry_run)
     if report.interrupted:
         say("Interrupted: what was stored stays; run the same command again to go on.")

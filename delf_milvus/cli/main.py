@@ -17,6 +17,7 @@ from delf_milvus.cli import (
     config,
     data,
     evaluate,
+    extract,
     index,
     ingest,
     manage,
@@ -42,6 +43,7 @@ app = typer.Typer(
     ),
 )
 app.command("ingest")(ingest.ingest)
+app.command("extract")(extract.extract)
 app.command("reindex")(reindex.reindex)
 app.command("search")(search.search)
 app.command("match")(search.match)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, data_table, flat, say
+from delf_milvus.cli.output import data_json, data_line, data_table, flat, say, uncalibrated
 from delf_milvus.cli.state import state_of
 from delf_milvus.errors import one_line
 
@@ -24,6 +24,8 @@ def status(context: typer.Context) -> None:
         data_json(values)
     else:
         data_table(("what", "value"), flat(values))
+    if values["made_elsewhere"] and not index.calibrated and not state.quiet:
+        say(uncalibrated(values["made_elsewhere"]))
 
 
 def list_images(

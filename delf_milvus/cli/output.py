@@ -29,6 +29,14 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def uncalibrated(made_elsewhere: str) -> str:
+    """The remark about answers among features that the calibration was not measured with."""
+    return (
+        f"confidence and false alarm were calibrated with the bundled model, not with {one_line(made_elsewhere)}: "
+        "measure them with `delf-milvus calibrate`"
+    )
+
+
 def data_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table on stdout: numbers to the right, no lines around it, so that it pastes and cuts well."""
     cells = [[one_line(cell) for cell in row] for row in rows]

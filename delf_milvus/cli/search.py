@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, data_table, flat, say
+from delf_milvus.cli.output import data_json, data_line, data_table, flat, say, uncalibrated
 from delf_milvus.cli.state import Stages, state_of
 from delf_milvus.errors import UsageError, one_line
 
@@ -35,7 +36,7 @@ def _box(text: str | None) -> tuple[float, float, float, float] | None:
 
 def search(
     context: typer.Context,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The query photo.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The query photo, or with --features its features.")],
     top: Annotated[int | None, typer.Option(help="Answers at most. Default: 10")] = None,
     box: Annotated[str | None, typer.Option(help="x0,y0,x1,y1: search for this part of the photo.")] = None,
     filter: Annotated[
@@ -67,13 +68,21 @@ def search(
         str | None, typer.Option(metavar="ID", help="Say what each stage thinks of this stored image instead.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="The preset that the collection was made with.")] = None,
+    features: Annotated[
+        bool,
+        typer.Option("--features", help="IMAGE is a feature file (.npz, .delf), or one photo of many: feats.h5#a.jpg"),
+    ] = False,
 ) -> None:
     """Find the images that show the same thing as a photo, with proof; exit code 1 when there is none.
 
     Example: delf-milvus search query.jpg --top 5 --out matches/
 
     Example: delf-milvus search query.jpg --explain photos/tower.jpg
+
+    Example: delf-milvus --collection superpoint search --features feats.h5#query.jpg
     """
+    if features and out is not None:
+        raise UsageError("Match pictures need photos, and --features searches without: leave --out out.")
     state = state_of(context)
     stages: Stages = {
         "search": {
@@ -83,11 +92,16 @@ def search(
         "extract": {"preset": preset},
         "verify": {"max_false_alarm": max_false_alarm},
     }
-    with state.open(stages) as index:
+    with state.open(stages, any_model=features) as index:
+        query = index.read_features(image) if features else image
+        if index.made_elsewhere and not index.calibrated and not state.quiet:
+            say(uncalibrated(index.made_elsewhere))
         if explain is not None:
-            _explain(index.explain(image, explain, box=_box(box), filter=filter), state.json)
+            _explain(index.explain(query, explain, box=_box(box), filter=filter), state.json)
             return
-        result = index.search(image, box=_box(box), filter=filter, include_unverified=include_unverified)
+        result = index.search(query, box=_box(box), filter=filter, include_unverified=include_unverified)
+        if features:
+            result = replace(result, query=str(image))
         _tell(result, state.json)
         pictures = index.draw_hits(image, result, out) if out is not None else []
     if not state.quiet:

@@ -1,4 +1,6 @@
-"""From scanned photos to stored rows: read and decode in threads, extract here, write in a thread of its own.
+"""From scanned files to stored rows: read and decode in threads, extract here, write in a thread of its own.
+
+The files are photos here; `precomputed` feeds the same pipeline with features that were made elsewhere.
 
 - At most `queue` decoded photos wait for the network and at most two batches for the database: memory does not grow
   with the folder, only with the size of its photos (three bytes a pixel).
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import cv2
 
@@ -40,6 +42,8 @@ SPARSE = 10
 """Features below which an image can hardly be verified: such images are stored, and said."""
 
 _BATCH = 16
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -95,15 +99,15 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A photo after reading.
+class Prepared(Generic[T]):
+    """A file after reading.
 
-    pixels: None when the same content is stored already. moved: whether the stored record names another place or other
-    metadata than `record`.
+    content: what features are made of; None when the same is stored already. moved: whether the stored record names
+    another place or other metadata than `record`.
     """
 
     record: ImageRecord
-    pixels: RgbImage | None
+    content: T | None
     is_update: bool
     moved: bool = False
 
@@ -124,6 +128,41 @@ def ingest_photos(
 
     Raises DatabaseError when the database fails.
     """
+
+    def prepare(photo: Photo, stored: ImageRecord | None) -> Prepared[RgbImage]:
+        data = read_bytes(photo.path, settings.decode)
+        record = store.typed(described(photo, content_digest(data), stored))
+        return prepared(
+            record, stored, fingerprint, os.path.isfile, lambda: decode(data, settings.decode, str(photo.path))
+        )
+
+    def extract(record: ImageRecord, pixels: RgbImage) -> Features:
+        extractor = load_extractor()
+        try:
+            return extractor.extract(pixels, extractor.plan.stored_features)
+        except (ValueError, RuntimeError, MemoryError, cv2.error) as error:
+            # One photo that exhausts memory or breaks a kernel must not end a run over a million others.
+            log.info("extraction failed", exc_info=error)
+            reason = one_line(str(error).partition("\n")[0] or type(error).__name__)
+            raise InputError(f"{one_line(record.uri)} cannot be extracted: {reason}.") from error
+
+    return ingest_files(scanned, store, prepare, extract, settings, dry_run=dry_run, progress=progress)
+
+
+def ingest_files(
+    scanned: Scan,
+    store: FeatureStore,
+    prepare: Callable[[Photo, ImageRecord | None], Prepared[T]],
+    extract: Callable[[ImageRecord, T], Features],
+    settings: Settings,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> IngestReport:
+    """The pipeline: `prepare` a file, whose stored record is given, in a thread, `extract` its features in this one.
+
+    Both may raise InputError, which fails that file. Raises DatabaseError when the database fails.
+    """
     started = time.monotonic()
     report = IngestReport(failures=list(scanned.failures))
     known = store.records([photo.image_id for photo in scanned.photos])
@@ -133,25 +172,25 @@ def ingest_photos(
         return report
     extracted = 0
     writer = _Writer(store)
-    run = _Run(report, writer, load_extractor, dry_run)
+    run = _Run(report, writer, extract, dry_run)
 
     def tell(done: int) -> None:
         if progress is not None:
             seconds = time.monotonic() - started
             progress(Progress(done, len(scanned.photos), extracted, report.failed, seconds))
 
-    def prepare(photo: Photo) -> _Prepared:
-        return _prepare(photo, store, known.get(photo.image_id), fingerprint, settings)
+    def looked_up(photo: Photo) -> Prepared[T]:
+        return prepare(photo, known.get(photo.image_id))
 
     with ThreadPoolExecutor(settings.ingest.decode_threads, "decode") as pool, writer:
-        prepared = _ahead(pool, prepare, scanned.photos, settings.ingest.queue)
+        ahead = _ahead(pool, looked_up, scanned.photos, settings.ingest.queue)
         try:
             tell(0)
-            for done, (photo, future) in enumerate(zip(scanned.photos, prepared, strict=True), 1):
+            for done, (photo, future) in enumerate(zip(scanned.photos, ahead, strict=True), 1):
                 try:
                     extracted += run.take(future.result())
                 except InputError as error:
-                    report.failures.append(Failure(str(photo.path), str(error)))
+                    report.failures.append(Failure(photo.place, str(error)))
                     if stop_at_failure:
                         report.stopped = True
                         break
@@ -168,26 +207,26 @@ def ingest_photos(
 
 
 @dataclass
-class _Run:
-    """What happens to each prepared photo, and the counts of it."""
+class _Run(Generic[T]):
+    """What happens to each prepared file, and the counts of it."""
 
     report: IngestReport
     writer: _Writer
-    load_extractor: Callable[[], Extractor]
+    extract: Callable[[ImageRecord, T], Features]
     dry_run: bool
     moved: list[ImageRecord] = field(default_factory=list)
 
-    def take(self, item: _Prepared) -> bool:
-        """Extract and hand over a photo; whether it needed extraction. Raises InputError."""
+    def take(self, item: Prepared[T]) -> bool:
+        """Extract and hand over a file; whether it needed extraction. Raises InputError."""
         report = self.report
-        if item.pixels is None:
+        if item.content is None:
             report.unchanged += not item.moved
             report.updated += item.moved
             if item.moved:
                 self.moved.append(item.record)
             return False
         if not self.dry_run:
-            features = self._extract(item.record, item.pixels)
+            features = self.extract(item.record, item.content)
             self.writer.put(item.record, features)
             report.features += len(features)
             if len(features) < SPARSE:
@@ -195,16 +234,6 @@ class _Run:
         report.updated += item.is_update
         report.added += not item.is_update
         return True
-
-    def _extract(self, record: ImageRecord, pixels: RgbImage) -> Features:
-        extractor = self.load_extractor()
-        try:
-            return extractor.extract(pixels, extractor.plan.stored_features)
-        except (ValueError, RuntimeError, MemoryError, cv2.error) as error:
-            # One photo that exhausts memory or breaks a kernel must not end a run over a million others.
-            log.info("extraction failed", exc_info=error)
-            reason = one_line(str(error).partition("\n")[0] or type(error).__name__)
-            raise InputError(f"{one_line(record.uri)} cannot be extracted: {reason}.") from error
 
 
 def gone(store: FeatureStore, roots: list[Path], failures: list[Failure]) -> list[str]:
@@ -222,46 +251,55 @@ def gone(store: FeatureStore, roots: list[Path], failures: list[Failure]) -> lis
     return missing
 
 
+def described(photo: Photo, sha256: str, stored: ImageRecord | None) -> ImageRecord:
+    """The record of a file; without metadata of its own it keeps what is stored."""
+    metadata = photo.metadata or (stored.metadata if stored is not None else {})
+    return ImageRecord(
+        image_id=photo.image_id,
+        uri=photo.place,
+        sha256=sha256,
+        root=str(photo.root) if photo.root.is_absolute() else "",
+        metadata=dict(metadata),
+        ingested_at=photo.ingested_at,
+    )
+
+
+def prepared(
+    record: ImageRecord,
+    stored: ImageRecord | None,
+    fingerprint: Fingerprint,
+    is_there: Callable[[str], bool],
+    load: Callable[[], T],
+) -> Prepared[T]:
+    """What to do about a file with this record: load it unless the same content is stored already.
+
+    is_there: whether the file of a uri exists. Raises InputError where the id is that of another file, and what `load`
+    raises.
+    """
+    if stored is None:
+        return Prepared(record, load(), False)
+    if stored.sha256 == record.sha256 and stored.model == fingerprint.short:
+        # A copy of the photo elsewhere is no move while the stored one is still in its place.
+        left = stored.uri != record.uri and not is_there(stored.uri)
+        return Prepared(record, None, True, left or dict(stored.metadata) != dict(record.metadata))
+    if stored.root != record.root and stored.uri != record.uri and is_there(stored.uri):
+        raise InputError(
+            f"{one_line(record.uri)}: the id {record.image_id!r} belongs to another photo, {one_line(stored.uri)}; "
+            "give this folder an --id-prefix of its own."
+        )
+    return Prepared(record, load(), True)
+
+
 def _ahead(
-    pool: ThreadPoolExecutor, prepare: Callable[[Photo], _Prepared], photos: Sequence[Photo], window: int
-) -> Iterator[Future[_Prepared]]:
-    """The preparations of the photos, in order, with at most `window` of them submitted and not yet taken."""
-    waiting: deque[Future[_Prepared]] = deque()
+    pool: ThreadPoolExecutor, prepare: Callable[[Photo], Prepared[T]], photos: Sequence[Photo], window: int
+) -> Iterator[Future[Prepared[T]]]:
+    """The preparations of the files, in order, with at most `window` of them submitted and not yet taken."""
+    waiting: deque[Future[Prepared[T]]] = deque()
     for photo in photos:
         waiting.append(pool.submit(prepare, photo))
         if len(waiting) >= window:
             yield waiting.popleft()
     yield from waiting
-
-
-def _prepare(
-    photo: Photo, store: FeatureStore, stored: ImageRecord | None, fingerprint: Fingerprint, settings: Settings
-) -> _Prepared:
-    data = read_bytes(photo.path, settings.decode)
-    metadata = photo.metadata or (stored.metadata if stored is not None else {})
-    record = store.typed(
-        ImageRecord(
-            image_id=photo.image_id,
-            uri=str(photo.path),
-            sha256=content_digest(data),
-            root=str(photo.root) if photo.root.is_absolute() else "",
-            metadata=dict(metadata),
-            ingested_at=photo.ingested_at,
-        )
-    )
-    if stored is None:
-        return _Prepared(record, decode(data, settings.decode, str(photo.path)), False)
-    elsewhere = Path(stored.uri)
-    if stored.sha256 == record.sha256 and stored.model == fingerprint.short:
-        # A copy of the photo elsewhere is no move while the stored one is still in its place.
-        left = stored.uri != record.uri and not elsewhere.is_file()
-        return _Prepared(record, None, True, left or dict(stored.metadata) != dict(record.metadata))
-    if stored.root != record.root and elsewhere != photo.path and elsewhere.is_file():
-        raise InputError(
-            f"{one_line(photo.path)}: the id {photo.image_id!r} belongs to another photo, {one_line(elsewhere)}; "
-            "give this folder an --id-prefix of its own."
-        )
-    return _Prepared(record, decode(data, settings.decode, str(photo.path)), True)
 
 
 class _Writer:

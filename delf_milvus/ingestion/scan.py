@@ -37,6 +37,7 @@ class Photo:
 
     path: absolute. root: the folder that was given (of a file that was given, the folder it lies in), absolute; not
     absolute for none. metadata: from the listing. ingested_at: when it was ingested first, or "" for now.
+    inside: which photo of a file of many, "" for the file itself.
     """
 
     path: Path
@@ -44,6 +45,12 @@ class Photo:
     root: Path
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     ingested_at: str = ""
+    inside: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where its content is: the path, and for a photo in a file of many `path#name`."""
+        return f"{self.path}#{self.inside}" if self.inside else str(self.path)
 
 
 @dataclass(frozen=True)
@@ -82,11 +89,16 @@ class Listing:
 
 
 def scan(
-    paths: Sequence[Path], *, id_prefix: str = "", follow_links: bool = True, listing: Listing | None = None
+    paths: Sequence[Path],
+    *,
+    id_prefix: str = "",
+    follow_links: bool = True,
+    listing: Listing | None = None,
+    suffixes: frozenset[str] = SUFFIXES,
 ) -> Scan:
     """The photos in these folders, and these files.
 
-    In a folder, at any depth, a photo is a file with one of `SUFFIXES`; names with a leading dot are skipped. A file
+    In a folder, at any depth, a photo is a file with one of `suffixes`; names with a leading dot are skipped. A file
     that is given itself is taken whatever its name; its id is that name.
 
     id_prefix: put before every id. follow_links: descend into linked folders. Each real folder is visited once, by
@@ -101,7 +113,7 @@ def scan(
     if not _is_unicode(id_prefix):
         raise UsageError(f"The id prefix {one_line(id_prefix)} is not valid UTF-8.")
     roots = [(path, _is_folder(path)) for path in dict.fromkeys(Path(os.path.abspath(path)) for path in paths)]
-    gathering = _Gathering(id_prefix, listing)
+    gathering = _Gathering(id_prefix, listing, suffixes)
     if listing is not None:
         for row in listing.rows:
             gathering.take_listed(row, roots)
@@ -156,12 +168,13 @@ def read_listing(path: Path) -> Listing:
 class _Gathering:
     """What a scan has found so far."""
 
-    def __init__(self, id_prefix: str, listing: Listing | None) -> None:
+    def __init__(self, id_prefix: str, listing: Listing | None, suffixes: frozenset[str]) -> None:
         self.photos: dict[str, Photo] = {}
         self.failures: list[Failure] = []
         self.links: deque[tuple[Path, Path, str]] = deque()  # root, linked folder, its path below the root
         self._id_prefix = id_prefix
         self._listing = listing
+        self._suffixes = suffixes
         self._visited: set[tuple[int, int]] = set()
         self._line_of_id: dict[str, int] = {}
         self._line_of_file: dict[str, int] = {}
@@ -206,7 +219,7 @@ class _Gathering:
                 entry.stat()
             if entry.is_dir():
                 return "linked folder" if entry.is_symlink() else "folder"
-            if path.suffix.lower() not in SUFFIXES:
+            if path.suffix.lower() not in self._suffixes:
                 return "other"
             if entry.is_file():
                 return "photo"

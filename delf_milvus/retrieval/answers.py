@@ -115,7 +115,8 @@ class SearchResult:
     """The answer to one query: the verified hits in falling score, or none.
 
     query: what was searched for. model: fingerprint of the model, shortened. matched: whether any hit is verified.
-    query_features: how many features the query had.
+    query_features: how many features the query had. calibrated: whether confidence and false_alarm were measured with
+    features of this model; else they are a rough guide.
     """
 
     query: str
@@ -124,6 +125,7 @@ class SearchResult:
     hits: list[Hit]
     timings: Timings
     query_features: int
+    calibrated: bool
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `--json`."""
@@ -132,6 +134,7 @@ class SearchResult:
             "model": self.model,
             "matched": self.matched,
             "query_features": self.query_features,
+            "calibrated": self.calibrated,
             "hits": [hit.to_dict() for hit in self.hits],
             "timings": {name: round(seconds, 6) for name, seconds in asdict(self.timings).items()},
         }

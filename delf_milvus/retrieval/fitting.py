@@ -41,7 +41,7 @@ def fit(
     Best of the proposed ones, (N, B, 3), and of what least squares makes of them is the largest sum of
     1 - (distance / residual)^2 over the inliers: like their number, but precise fits win.
     """
-    q, x, _, weight, _ = matched
+    q, x, _, weight, *_ = matched
     ones = np.ones(q.shape)
     design = np.stack([q.real, q.imag, ones], axis=1)
     monomials = np.stack([ones, q, x, square(q), q * q, x * q.conj(), x * q, square(x), x * x], axis=2)

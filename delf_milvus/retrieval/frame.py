@@ -33,6 +33,7 @@ class Matched(NamedTuple):
     q, x: (N, W) complex128, in query and image. ratio: (N, W) float64, change of scale.
     weight: (N, W) float64, 1 / number of matches between the same two places.
     counts: (N,) matches of each pair, 3 at least.
+    has_scales: (N,) bool, whether the keypoints' scales say anything: some extractors give all of them one.
     """
 
     q: ComplexArray
@@ -40,6 +41,7 @@ class Matched(NamedTuple):
     ratio: Float64Array
     weight: Float64Array
     counts: IntArray
+    has_scales: npt.NDArray[np.bool_]
 
 
 def square(z: ComplexArray) -> Float64Array:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.retrieval.fitting import allowed
-from delf_milvus.retrieval.frame import ComplexArray, IntArray, Matched, square
+from delf_milvus.retrieval.frame import MAX_SCALE, ComplexArray, IntArray, Matched, square
 
 SINGLES = 192
 """Matches, the most similar ones, each of which proposes an upright transform."""
@@ -19,7 +19,7 @@ MIN_DISTANCE = 40.0
 
 PAIR_SCALE = 1.6
 """Factor between the scale that two matches propose and the one their own scales do: a bit above half an octave, the
-step of the pyramid."""
+step of the pyramid. Where keypoints have no scales, any factor up to MAX_SCALE will do."""
 
 REFINED = 8
 """Proposals that are refined."""
@@ -32,7 +32,7 @@ def propose(matched: Matched, residual: float) -> ComplexArray:
 
     Where there are fewer, the best one is repeated. residual: as of `verify`.
     """
-    q, x, ratio, weight, counts = matched
+    q, x, ratio, weight, counts, _ = matched
     singles = np.arange(min(q.shape[1], SINGLES))
     pair, single = np.nonzero(singles < counts[:, None])
     turned, i, turn = _rotations(matched)
@@ -81,13 +81,14 @@ def _different(
 
 def _rotations(matched: Matched) -> tuple[IntArray, IntArray, ComplexArray]:
     """Pair of photos, first match, and factor a (rotation and scale) of every two matches that may be right: (P,)."""
-    q, x, ratio, _, counts = matched
+    q, x, ratio, _, counts, has_scales = matched
     i, j = _PAIRS[:, _PAIRS[0] < q.shape[1]]
     dq, dx = q[:, i] - q[:, j], x[:, i] - x[:, j]
     query_length, image_length = square(dq), square(dx)
     expected = ratio[:, i] * ratio[:, j] * query_length
+    slack = np.where(has_scales, PAIR_SCALE, MAX_SCALE)[:, None] ** 2
     possible = np.minimum(query_length, image_length) >= MIN_DISTANCE**2
-    possible &= (image_length <= expected * PAIR_SCALE**2) & (image_length * PAIR_SCALE**2 >= expected)
+    possible &= (image_length <= expected * slack) & (image_length * slack >= expected)
     possible &= i < counts[:, None]
     pair, kept = np.nonzero(possible)
     return pair, i[kept], dx[possible] / dq[possible]

@@ -2,10 +2,11 @@
 
 DELF keypoints carry a scale, so each match alone proposes a scale and a translation; where photos are rotated against
 each other, two matches propose a rotation as well, and their scales sort out most of the pairs that cannot be right
-(`proposing`). Every proposal is scored against every match with one matrix product; the best are refined by least
-squares, first as similarities, then as affine transforms, each time on the matches that the last fit explains
-(`fitting`: local optimisation). There is no random sampling, and nothing depends on other pairs: the same bytes on
-every run, in any order, on any number of threads.
+(`proposing`); where an extractor gives all keypoints one scale, two matches propose any change of scale. Every proposal
+is scored against every match with one matrix product; the best are refined by least squares, first as similarities,
+then as affine transforms, each time on the matches that the last fit explains (`fitting`: local optimisation). There is
+no random sampling, and nothing depends on other pairs: the same bytes on every run, in any order, on any number of
+threads.
 
 Lengths are compared in pixels of a photo with a longest side of 640, `FRAME`, whatever the size of the real one.
 """
@@ -127,11 +128,12 @@ def verify_many(
         raise ValueError(f"the residual must be positive, not {residual}")
     query_zoom = _checked_zoom(query)
     found: list[Verification] = [_nothing(len(m.query)) for m in matches]
+    has_scales = [_differ(query.scales) or _differ(image.scales) for image in images]
     images = [_matched_part(image, m) for image, m in zip(images, matches, strict=True)]
     zooms = [_checked_zoom(image) for image in images]
     with single_blas_thread():
         for rows in _alike([len(m.query) for m in matches]):
-            some = [(images[i], zooms[i], matches[i].query) for i in rows]
+            some = [(images[i], zooms[i], matches[i].query, has_scales[i]) for i in rows]
             for i, verification in zip(rows, _verified(query, query_zoom, some, residual, min_inliers), strict=True):
                 found[i] = verification
     return found
@@ -178,12 +180,13 @@ def _alike(counts: Sequence[int]) -> Iterator[list[int]]:
 def _verified(
     query: Keypoints,
     query_zoom: float,
-    images: Sequence[tuple[Keypoints, float, IntArray]],
+    images: Sequence[tuple[Keypoints, float, IntArray, bool]],
     residual: float,
     min_inliers: int,
 ) -> list[Verification]:
-    """Verify pairs of one width. images: keypoints of the matches, zoom, and the matched features of the query."""
-    counts = np.array([len(rows) for _, _, rows in images])
+    """Verify pairs of one width. images: keypoints of the matches, zoom, the matched features of the query, and whether
+    scales say anything."""
+    counts = np.array([len(rows) for _, _, rows, _ in images])
     pairs, width = len(images), int(-(-counts.max() // WIDTH) * WIDTH)
     valid = np.arange(width) < counts[:, None]
 
@@ -192,18 +195,19 @@ def _verified(
         array[valid] = np.concatenate(parts)
         return array
 
-    rows = np.concatenate([rows for _, _, rows in images])
-    image_zoom = np.array([zoom for _, zoom, _ in images])
+    rows = np.concatenate([rows for _, _, rows, _ in images])
+    has_scales = np.array([has for *_, has in images])
+    image_zoom = np.array([zoom for _, zoom, _, _ in images])
     points = padded([query.points[rows]], 0.0)
     q = points.view(np.complex128)[..., 0] * query_zoom
-    x = padded([image.points for image, _, _ in images], 0.0).view(np.complex128)[..., 0] * image_zoom[:, None]
-    ratio = padded([image.scales for image, _, _ in images], 1.0) / padded([query.scales[rows]], 1.0)
+    x = padded([image.points for image, *_ in images], 0.0).view(np.complex128)[..., 0] * image_zoom[:, None]
+    ratio = padded([image.scales for image, *_ in images], 1.0) / padded([query.scales[rows]], 1.0)
     ratio = np.clip(ratio * (image_zoom[:, None] / query_zoom), 1 / MAX_SCALE, MAX_SCALE)
     query_place, image_place = _place(q), _place(x)
     q_middle = complex(*query.size) * (query_zoom / 2)
-    x_middle = np.array([complex(*image.size) for image, _, _ in images]) * (image_zoom / 2)
+    x_middle = np.array([complex(*image.size) for image, *_ in images]) * (image_zoom / 2)
     weight = 1 / _repeats(query_place << _PLACE_BITS | image_place, valid)
-    matched = Matched(q - q_middle, x - x_middle[:, None], ratio, np.where(valid, weight, 0.0), counts)
+    matched = Matched(q - q_middle, x - x_middle[:, None], ratio, np.where(valid, weight, 0.0), counts, has_scales)
 
     transforms, proven = fit(propose(matched, residual), matched, residual, min_inliers)
     a, b, t = transforms.T
@@ -254,6 +258,11 @@ def _checked_zoom(keypoints: Keypoints) -> float:
     if len(points) and np.abs(points).max() > OUTSIDE * max(size):
         raise ValueError(f"points must lie in their photo of {size[0]} x {size[1]} pixels")
     return FRAME / max(size)
+
+
+def _differ(scales: Float32Array) -> bool:
+    """Whether the scales of a photo's keypoints tell them apart."""
+    return len(scales) > 0 and bool((scales != scales[0]).any())
 
 
 def _nothing(count: int) -> Verification:

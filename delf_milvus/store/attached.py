@@ -79,6 +79,22 @@ class AttachedCollections:
         return self._facts.fingerprint if self._facts else None
 
     @property
+    def expected_fingerprint(self) -> Fingerprint | None:
+        """Fingerprint of the only model that this store takes; None where it takes what is stored."""
+        return self._fingerprint
+
+    def expect(self, fingerprint: Fingerprint) -> None:
+        """From here on take a collection of this model alone, and make it for it.
+
+        Raises CollectionError where there is one of another model.
+        """
+        with self._state_lock:
+            self._attach()
+            if self._facts is not None:
+                self._check_model(self._facts.fingerprint, fingerprint)
+            self._fingerprint = fingerprint
+
+    @property
     def facts(self) -> CollectionFacts | None:
         """What the collections were made for; None while they do not exist."""
         return self._attach()
@@ -145,12 +161,8 @@ class AttachedCollections:
                 f"The collection {name!r} at {self._db.where} was made by another version of delf-milvus ({error}); "
                 "ingest into a new collection."
             ) from None
-        if self._fingerprint is not None and facts.fingerprint != self._fingerprint:
-            differences = "; ".join(facts.fingerprint.differences(self._fingerprint))
-            raise CollectionError(
-                f"The collection {self._collection!r} at {self._db.where} was made with another model ({differences}); "
-                "use that model and those settings, or ingest into a new collection with --collection."
-            )
+        if self._fingerprint is not None:
+            self._check_model(facts.fingerprint, self._fingerprint)
         if self._declared and (facts.declared, facts.tenant_field) != (self._declared, self._settings.tenant_field):
             kept = ", ".join(f"{field.name}: {field.declaration}" for field in facts.declared) or "none"
             raise CollectionError(
@@ -159,6 +171,21 @@ class AttachedCollections:
                 "into a new collection with --collection."
             )
         return facts
+
+    def _check_model(self, stored: Fingerprint, wanted: Fingerprint) -> None:
+        if stored == wanted:
+            return
+        here = f"The collection {self._collection!r} at {self._db.where}"
+        if stored.made_elsewhere and not wanted.made_elsewhere:
+            raise CollectionError(
+                f"{here} holds features made elsewhere ({stored.made_elsewhere}, {stored.dim} components), not this "
+                "model's: give it feature files of that extractor with --features, or name another with --collection."
+            )
+        differences = "; ".join(stored.differences(wanted))
+        raise CollectionError(
+            f"{here} was made with another model ({differences}); use that model and those settings, or ingest into a "
+            "new collection with --collection."
+        )
 
     def _planned(self) -> CollectionFacts:
         """The facts that new collections get."""

@@ -259,15 +259,20 @@ def _collections(database: Connection, collection: str, fingerprint: Fingerprint
         yield Check("schema", "fail", f"altered: {'; '.join(wrong)}", "ingest into a new collection")
     else:
         yield Check("schema", "ok", f"version {facts.schema_version}, {facts.fingerprint.dim} components a descriptor")
-    if fingerprint is None:
-        yield Check("model", "fail", "the model cannot be read", "check --model")
-    elif fingerprint == facts.fingerprint:
-        yield Check("model", "ok", f"{fingerprint.short}, the one of the collection")
-    else:
-        what = "; ".join(facts.fingerprint.differences(fingerprint))
-        yield Check("model", "fail", f"the collection has another: {what}", "use that model and those settings")
+    yield _model(fingerprint, facts.fingerprint)
     if not absent:
         yield from _index(database, names[0], facts.fingerprint.dim)
+
+
+def _model(ours: Fingerprint | None, stored: Fingerprint) -> Check:
+    if name := stored.made_elsewhere:
+        return Check("model", "ok", f"none: the features were made elsewhere ({name})")
+    if ours is None:
+        return Check("model", "fail", "the model cannot be read", "check --model")
+    if ours == stored:
+        return Check("model", "ok", f"{ours.short}, the one of the collection")
+    what = "; ".join(stored.differences(ours))
+    return Check("model", "fail", f"the collection has another: {what}", "use that model and those settings")
 
 
 def _facts(collection: str, found: dict[str, dict[str, Any]]) -> CollectionFacts | Check:

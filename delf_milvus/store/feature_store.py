@@ -39,9 +39,9 @@ class StoreStatus:
     that was never rebuilt. images, features: rows. index_asked: the setting. index_used, index_params: what is built.
     substitute_for: the index that index_used stands in for because this backend lacks it, or "". index_state: as Milvus
     says. indexed_rows, index_total_rows: how far it is built; what was written a moment ago is in neither.
-    memory_bytes: an estimate for the loaded features. fingerprint: of the model that filled the collection. fields:
-    declarations of the fields that a search can be filtered by. tenant_field: the one that keeps tenants apart, or "".
-    pymilvus: its version.
+    memory_bytes: an estimate for the loaded features. fingerprint: of the model that filled the collection.
+    made_elsewhere: who made its features, where no model of ours did, else "". fields: declarations of the fields that
+    a search can be filtered by. tenant_field: the one that keeps tenants apart, or "". pymilvus: its version.
     """
 
     backend: str
@@ -61,6 +61,7 @@ class StoreStatus:
     index_total_rows: int
     memory_bytes: int
     fingerprint: Fingerprint | None
+    made_elsewhere: str
     fields: Mapping[str, str]
     tenant_field: str
     schema_version: int
@@ -188,6 +189,7 @@ class FeatureStore(StoreWriter):
             index_total_rows=index.total_rows,
             memory_bytes=memory_bytes(index.type, index.params, self._dim(), features) if index != NO_INDEX else 0,
             fingerprint=facts.fingerprint if facts else None,
+            made_elsewhere=facts.fingerprint.made_elsewhere if facts else "",
             fields={field.name: field.declaration for field in (facts.declared if facts else self._declared)},
             tenant_field=facts.tenant_field if facts else self._settings.tenant_field,
             schema_version=facts.schema_version if facts else schema.SCHEMA_VERSION,

@@ -111,6 +111,19 @@ def test_unrelated_photos_reach_only_what_chance_gives(matches, most):
     assert np.quantile(counts, 0.95) <= most
 
 
+@pytest.mark.parametrize(("scale", "rotation"), [(0.3, 0), (0.3, 60), (2.0, 0), (3.0, -30), (3.0, 180)])
+def test_keypoints_without_scales_bind_no_transform_to_one_zoom(scale, rotation):
+    rng = np.random.default_rng([round(10 * scale), rotation % 360])
+    found = 0
+    for _ in range(12):
+        s = scene(rng, 200, 0.3, random_truth(rng, scale=scale, rotation=rotation))
+        ones = np.ones(200, np.float32)
+        s = s._replace(query=s.query._replace(scales=ones), image=s.image._replace(scales=ones))
+        result = run(s)
+        found += result.transform is not None and share_recovered(s, result.mask) >= 0.8
+    assert found >= 11
+
+
 def test_sizes_and_residuals_are_those_of_the_stored_photo():
     rng = np.random.default_rng(5)
     s = scene(rng, 60, 0.6, random_truth(rng, scale=1.0))

@@ -1,0 +1,75 @@
+"""`delf-milvus extract`: no database is opened for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from delf_milvus.cli.ingest import Bar
+from delf_milvus.cli.output import data_json, data_line, say, show_progress
+from delf_milvus.cli.state import Stages, state_of
+from delf_milvus.errors import UsageError, one_line
+
+if TYPE_CHECKING:
+    from delf_milvus.featurefiles.formats import Format
+    from delf_milvus.ingestion.extraction import ExtractReport
+
+
+def extract(
+    context: typer.Context,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders (searched recursively) or photos.")],
+    out: Annotated[Path, typer.Option(help="Folder of the feature files; for hloc also the .h5 file itself.")],
+    format: Annotated[
+        str, typer.Option(help="npz or delf (one file a photo), or hloc (one .h5 file, features.h5 in a folder).")
+    ] = "npz",
+    id_prefix: Annotated[str, typer.Option(help="Put before the name of every photo.")] = "",
+    preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Features of a photo at most. Default: the preset's")] = None,
+) -> None:
+    """Write the features of photos into files, for other pipelines or for `ingest --features`.
+
+    What is there already is left alone; photos that fail are listed, and the exit code is 1.
+
+    Example: delf-milvus extract photos/ --out features/ --format hloc
+    """
+    from delf_milvus.featurefiles.folder import FeatureFolder
+    from delf_milvus.ingestion.extraction import extract_photos
+    from delf_milvus.ingestion.scan import scan
+    from delf_milvus.matcher import PhotoMatcher
+
+    state = state_of(context)
+    stages: Stages = {"extract": {"preset": preset, "stored_features": count}}
+    matcher = PhotoMatcher(state.load(stages).settings)
+    folder = FeatureFolder(out, _format(format), matcher.fingerprint)
+    scanned = scan(paths, id_prefix=id_prefix, follow_links=matcher.settings.ingest.follow_links)
+    with Bar(show_progress(state.quiet), "extract") as bar:
+        report = extract_photos(scanned, folder, lambda: matcher.extractor, matcher.settings, progress=bar.update)
+    _tell(report, state.json)
+    if report.interrupted:
+        say("Interrupted: what was written stays; run the same command again to go on.")
+        raise typer.Exit(130)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def _format(name: str) -> Format:
+    from delf_milvus.featurefiles.formats import SUFFIX_OF
+
+    for known in SUFFIX_OF:
+        if known == name:
+            return known
+    raise UsageError(f"--format is one of {', '.join(SUFFIX_OF)}, not {name!r}.")
+
+
+def _tell(report: ExtractReport, json: bool) -> None:
+    for failure in report.failures:
+        say(f"failed: {one_line(failure.error)}")
+    if json:
+        data_json(report.to_dict())
+    else:
+        data_line(
+            f"{report.extracted} extracted, {report.skipped} there already, {len(report.failures)} failed; "
+            f"{report.features} features in {report.seconds:.1f} s"
+        )

@@ -1,0 +1,84 @@
+"""From scanned photos to feature files, for other pipelines, and for databases that are filled elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import cv2
+
+from delf_milvus.errors import InputError, one_line
+from delf_milvus.featurefiles.folder import FeatureFolder
+from delf_milvus.imaging.decode import decode
+from delf_milvus.ingestion.pipeline import Progress
+from delf_milvus.ingestion.scan import Failure, Scan
+from delf_milvus.settings import Settings
+
+if TYPE_CHECKING:
+    from delf_milvus.model.extractor import Extractor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ExtractReport:
+    """What an extraction did; the fields of `--json`. skipped: photos whose features were there already. interrupted:
+    ended by Ctrl-C."""
+
+    extracted: int = 0
+    skipped: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    features: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `--json`."""
+        return {**asdict(self), "seconds": round(self.seconds, 3), "failed": len(self.failures)}
+
+
+def extract_photos(
+    scanned: Scan,
+    folder: FeatureFolder,
+    load_extractor: Callable[[], Extractor],
+    settings: Settings,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+) -> ExtractReport:
+    """Write the features of each photo, at most `stored_features` of them, unless they are there already.
+
+    A photo that fails is listed and stops nothing else. Raises InputError for a place that cannot be written,
+    UsageError for one with features of another model.
+    """
+    started = time.monotonic()
+    report = ExtractReport(failures=list(scanned.failures))
+    try:
+        for done, photo in enumerate(scanned.photos, 1):
+            if folder.has(photo.image_id):
+                report.skipped += 1
+            else:
+                extractor = load_extractor()
+                try:
+                    pixels = decode(photo.path, settings.decode)
+                    features = extractor.extract(pixels, extractor.plan.stored_features)
+                except InputError as error:
+                    report.failures.append(Failure(str(photo.path), str(error)))
+                except (ValueError, RuntimeError, MemoryError, cv2.error) as error:
+                    log.info("extraction failed", exc_info=error)
+                    reason = one_line(str(error).partition("\n")[0] or type(error).__name__)
+                    text = f"{one_line(photo.path)} cannot be extracted: {reason}."
+                    report.failures.append(Failure(str(photo.path), text))
+                else:
+                    folder.write(photo.image_id, features)
+                    report.extracted += 1
+                    report.features += len(features)
+            if progress is not None:
+                seconds = time.monotonic() - started
+                progress(Progress(done, len(scanned.photos), report.extracted, len(report.failures), seconds))
+    except KeyboardInterrupt:
+        report.interrupted = True
+    report.seconds = time.monotonic() - started
+    return report
