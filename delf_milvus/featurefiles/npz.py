@@ -58,19 +58,13 @@ def parse(data: bytes, source: str) -> LocalFeatures:
             if missing := {"keypoints", "descriptors"} - names:
                 damaged(source, f"it has no array {min(missing)}")
             arrays = {
-                name: _array(archive, name, source)
-                for name in (*_NUMBERS, "image_size", "extractor")
-                if name in names
+                name: _array(archive, name, source) for name in (*_NUMBERS, "image_size", "extractor") if name in names
             }
     except InputError:
         raise
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         damaged(source, "it is not an .npz archive, or it is damaged", error)
-    numbers = {
-        name: floats(arrays[name], name, source)
-        for name in _NUMBERS
-        if name in arrays
-    }
+    numbers = {name: floats(arrays[name], name, source) for name in _NUMBERS if name in arrays}
     if numbers["descriptors"].ndim != 2 or numbers["keypoints"].ndim != 2:
         damaged(source, "keypoints are of shape (N, 2), descriptors of (N, D)")
     return LocalFeatures(

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from delf_milvus.featurefiles.arrays import LocalFeatures
 
 
-def local_features(seed: int, count: int, dim: int, *, optional: bool = True, extractor: str = "", whole: int = 0) -> LocalFeatures:
+def local_features(
+    seed: int, count: int, dim: int, *, optional: bool = True, extractor: str = "", whole: int = 0
+) -> LocalFeatures:
     """Random features of a photo of 640 x 480 pixels, in no order, with everything that is optional or without."""
     rng = np.random.default_rng(seed)
     return LocalFeatures(
