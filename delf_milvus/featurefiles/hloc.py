@@ -10,7 +10,7 @@ A group for each photo, named by its path, slashes included:
     global_descriptor (G,) one vector of the whole photo, as in hloc's files of global features; optional
 
 hloc adds half a pixel only where it hands keypoints over to COLMAP, whose pixel centres are at halves. It stores half
-precision by default, which places keypoints beyond pixel 1024 to a pixel; here single precision is written, and any
+precision by default, in which keypoints beyond pixel 1024 are whole pixels; here single precision is written, and any
 kind of number is read. The file's attribute `extractor` is ours and may be absent: a name, or the JSON of a
 `Fingerprint`.
 
