@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from delf_milvus.model.delf import Delf
-from delf_milvus.model.trunk import Bottleneck, PreactivationBottleneck
+from delf_milvus.model.folding import InferenceTrunk, fold_behind
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -50,36 +48,12 @@ def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 def prepare(network: Delf, device: torch.device, dtype: torch.dtype) -> Delf:
     """A copy of `network` for inference: folded, channels last, convolutions in `dtype`, the rest in fp32."""
     network = copy.deepcopy(network).eval()
-    for module in list(network.modules()):
-        _fold(module)
-    network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-    for module in network.modules():
-        # Convolutions alone change dtype: they are the cost, and they tolerate it.
-        if isinstance(module, nn.Conv2d):
-            module.to(dtype)
+    with torch.no_grad():
+        network.trunk = InferenceTrunk(network.trunk, dtype)
+        if network.attention is not None:
+            fold_behind(network.attention, "conv1", "bn")
+            # Convolutions alone change dtype: they are the cost, and they tolerate it.
+            network.attention.to(dtype)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    return network
-
-
-def _fuse(parent: nn.Module, convolution: str, batchnorm: str) -> None:
-    conv, norm = getattr(parent, convolution), getattr(parent, batchnorm)
-    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-        setattr(parent, convolution, fuse_conv_bn_eval(conv, norm))
-        setattr(parent, batchnorm, nn.Identity())
-
-
-def _fold(module: nn.Module) -> None:
-    """Fold every BatchNorm that directly follows a convolution; the others (pre-activation) stay."""
-    if isinstance(module, Bottleneck):
-        for index in ("1", "2", "3"):
-            _fuse(module, "conv" + index, "bn" + index)
-        if module.downsample is not None:
-            _fuse(module.downsample, "0", "1")
-    elif isinstance(module, PreactivationBottleneck):
-        _fuse(module, "conv1", "bn2")
-        _fuse(module, "conv2", "bn3")
-    elif isinstance(module, Delf):
-        _fuse(module.trunk, "conv1", "bn1")
-        if module.attention is not None:
-            _fuse(module.attention, "conv1", "bn")
+    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return] # not in the stubs
