@@ -2,8 +2,8 @@
 
 Layers between the convolutions cost a fifth of the time, all of it spent on moving maps through memory. So
   - a BatchNorm behind a convolution becomes part of its weights;
-  - a BatchNorm and ReLU in front of 1x1 convolutions (pre-activation) become one bound for each channel, and the rest of
-    the BatchNorm part of their weights, with b = shift, s = scale:
+  - a BatchNorm and ReLU in front of 1x1 convolutions (pre-activation) become, in fp32, one bound for each channel, and the
+    rest of the BatchNorm part of their weights, with s = scale and b = shift:
         relu(s x + b) = s max(x, -b / s) + b   where s > 0,
         relu(s x + b) = s min(x, -b / s) + b   where s < 0,
         relu(s x + b) = relu(b)                where s = 0;
@@ -48,39 +48,63 @@ def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
-class BoundedUnit(nn.Module):
+class Bound(nn.Module):
+    """BatchNorm and ReLU without the BatchNorm: max(x, -b / s), or min, for each channel, in fp32.
+
+    scale, shift: (C,) fp64, what is left for the convolutions behind: relu(BatchNorm(x)) = scale * bound(x) + shift.
+    """
+
+    lower: Tensor
+    upper: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        scale, shift = _scale_and_shift(norm)
+        bound = (-shift / scale).float()
+        constant = ~bound.isfinite()
+        lower = torch.where(scale > 0, bound, -torch.inf).masked_fill(constant, 0)
+        upper = torch.where(scale < 0, bound, torch.inf).masked_fill(constant, 0)
+        self.register_buffer("lower", lower.view(1, -1, 1, 1))
+        self.register_buffer("upper", upper.view(1, -1, 1, 1))
+        self.bounded_above = bool((upper < torch.inf).any())
+        self.scale = scale.masked_fill(constant, 0)
+        self.shift = torch.where(constant, shift.clamp_min(0), shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.clamp(x, self.lower, self.upper) if self.bounded_above else torch.maximum(x, self.lower)
+
+
+class InferenceUnit(nn.Module):
     """A `PreactivationBottleneck` for inference in `dtype`, channels last.
 
     Takes (N, C, h, w) in `dtype`, and changes it: the result may lie in the same memory.
     """
 
-    lower: Tensor
-    upper: Tensor
     expansion: Tensor
 
     def __init__(self, unit: PreactivationBottleneck, dtype: torch.dtype) -> None:
         super().__init__()
-        scale, shift = _scale_and_shift(unit.bn1)
-        bound = (-shift / scale).to(dtype)
-        constant = ~bound.isfinite()
-        lower = torch.where(scale > 0, bound, -torch.inf).masked_fill(constant, 0)
-        upper = torch.where(scale < 0, bound, torch.inf).masked_fill(constant, 0)
-        self.register_buffer("lower", lower.to(dtype).view(1, -1, 1, 1))
-        self.register_buffer("upper", upper.to(dtype).view(1, -1, 1, 1))
-        self.bounded_above = bool((upper < torch.inf).any())
-        # What the bound is rounded to must give zero, as a ReLU does.
-        shift = torch.where(constant, shift.clamp_min(0), -scale * bound.double().masked_fill(constant, 0))
-        scale = scale.masked_fill(constant, 0)
-        self.conv1 = _behind_bound(fuse_conv_bn_eval(unit.conv1, unit.bn2), scale, shift, dtype)
+        self.conv1, self.downsample = fuse_conv_bn_eval(unit.conv1, unit.bn2), unit.downsample
+        self.bound: Bound | None = None
+        self.norm: nn.BatchNorm2d | None = None
+        if dtype == torch.float32:
+            self.bound = Bound(unit.bn1)
+            self.conv1 = _behind(self.bound, self.conv1)
+            self.downsample = None if self.downsample is None else _behind(self.bound, self.downsample)
+        else:
+            # A bound is not near zero, where a dtype of few bits is dense: it would cost a quarter more error.
+            self.norm = unit.bn1
+        self.conv1 = self.conv1.to(dtype)
+        self.downsample = None if self.downsample is None else self.downsample.to(dtype)
         self.conv2 = fuse_conv_bn_eval(unit.conv2, unit.bn3).to(dtype)
-        self.downsample = None if unit.downsample is None else _behind_bound(unit.downsample, scale, shift, dtype)
         self.register_buffer("expansion", unit.conv3.weight[:, :, 0, 0].T.to(dtype).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bounded_above:
-            activated = torch.clamp(x, self.lower, self.upper)
+        if self.bound is not None:
+            activated = self.bound(x)
         else:
-            activated = torch.maximum(x, self.lower)
+            assert self.norm is not None
+            activated = torch.relu_(self.norm(x))
         shortcut = x if self.downsample is None else self.downsample(activated)
         y = torch.relu_(self.conv2(torch.relu_(self.conv1(activated))))
         total = _rows(shortcut).addmm_(_rows(y), self.expansion)
@@ -93,15 +117,15 @@ def _rows(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
-def _behind_bound(convolution: nn.Conv2d, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> nn.Conv2d:
-    """The 1x1 convolution of scale * x + shift, as one of x."""
+def _behind(bound: Bound, convolution: nn.Conv2d) -> nn.Conv2d:
+    """The 1x1 convolution of relu(BatchNorm(x)), as one of bound(x); fp32."""
     weight = convolution.weight.double()[:, :, 0, 0]
-    bias = weight @ shift
+    bias = weight @ bound.shift
     if convolution.bias is not None:
         bias = bias + convolution.bias.double()
-    folded = nn.Conv2d(convolution.in_channels, convolution.out_channels, 1, convolution.stride, dtype=dtype)  # type: ignore[arg-type] # stride is a pair
-    folded.weight = nn.Parameter((weight * scale)[:, :, None, None].to(dtype), requires_grad=False)
-    folded.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    folded = nn.Conv2d(convolution.in_channels, convolution.out_channels, 1, convolution.stride)  # type: ignore[arg-type] # a pair
+    folded.weight = nn.Parameter((weight * bound.scale)[:, :, None, None].float())
+    folded.bias = nn.Parameter(bias.float())
     return folded
 
 
@@ -131,7 +155,7 @@ class InferenceTrunk(Trunk):
                 fold_bottleneck(unit)
         self.stages = nn.Sequential(
             *(
-                BoundedUnit(unit, dtype) if isinstance(unit, PreactivationBottleneck) else unit.to(dtype)
+                InferenceUnit(unit, dtype) if isinstance(unit, PreactivationBottleneck) else unit.to(dtype)
                 for stage in trunk.stages
                 for unit in stage
             )

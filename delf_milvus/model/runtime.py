@@ -52,8 +52,9 @@ def prepare(network: Delf, device: torch.device, dtype: torch.dtype) -> Delf:
         network.trunk = InferenceTrunk(network.trunk, dtype)
         if network.attention is not None:
             fold_behind(network.attention, "conv1", "bn")
-            # Convolutions alone change dtype: they are the cost, and they tolerate it.
-            network.attention.to(dtype)
+            # Convolutions alone change dtype: they are the cost, and they tolerate it. Not the last, of one channel: its
+            # result is the order of the features.
+            network.attention.conv1.to(dtype)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return] # not in the stubs
