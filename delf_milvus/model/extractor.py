@@ -17,7 +17,7 @@ from torch import Tensor
 
 from delf_milvus.features import Box, Features, clipped_box
 from delf_milvus.model import weights
-from delf_milvus.model.runtime import prepare, resolve_dtype
+from delf_milvus.model.runtime import load_network, resolve_device, resolve_dtype
 from delf_milvus.model.spec import fingerprint_of, resolve, selection_of
 from delf_milvus.settings import ExtractSettings
 
@@ -27,19 +27,21 @@ RgbImage = npt.NDArray[np.uint8]
 class Extractor:
     """Extracts features with one weight file and one set of settings; safe to use from several threads.
 
-    Raises ModelError when the weight file is missing, damaged, or lacks what the settings ask for.
+    Raises ModelError when the weight file is missing, damaged, or lacks what the settings ask for, and UsageError when
+    the machine lacks the settings' device or library.
     """
 
-    def __init__(self, model: str | Path | None, settings: ExtractSettings, device: torch.device | None = None) -> None:
+    def __init__(self, model: str | Path | None, settings: ExtractSettings) -> None:
         self.path = path = resolve(model)
         self.fingerprint = fingerprint_of(path, settings)
         network = weights.load(path)
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cpu") if settings.runtime == "openvino" else resolve_device(settings.device)
         self.dtype = resolve_dtype(settings.precision, self.device)
         self.plan = settings.plan
         self.selection = selection_of(path, network.spec, settings)
         self._stride = network.spec.trunk.stride
-        self._network = prepare(network, self.device, self.dtype)
+        self._network = load_network(network, self.selection, settings, self.device)
+        self._reduction = network.reduction.to(self.device)
 
     def extract(self, photo: RgbImage, count: int, box: Box | None = None) -> Features:
         """The `count` best features of a photo, (H, W, 3) uint8 RGB, or of the part of it inside `box`.
@@ -62,7 +64,7 @@ class Extractor:
             scores = torch.cat([level[0] for level in levels])
             order = torch.sort(scores, descending=True, stable=True).indices[:count]
             maps = torch.cat([level[1] for level in levels])[order]
-            descriptors = self._network.reduction(maps).cpu().numpy()
+            descriptors = self._reduction(maps).cpu().numpy()
             attention = scores[order].cpu().numpy()
         rows = order.cpu().numpy()
         locations = np.concatenate([level[2] for level in levels])[rows]
@@ -80,9 +82,7 @@ class Extractor:
         if (height, width) != region.shape[:2]:
             method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
             region = cv2.resize(region, (width, height), interpolation=method).astype(np.uint8, copy=False)
-        pixels = torch.from_numpy(np.ascontiguousarray(region)).to(self.device)
-        # (H, W, 3) seen as (1, 3, H, W) is channels last already.
-        features, scores = self._network(pixels.permute(2, 0, 1)[None].float(), self.selection)
+        features, scores = self._network(torch.from_numpy(np.ascontiguousarray(region))[None])
         rows, columns = features.shape[2:]
         grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
         locations = (grid * (self._stride / scale)).astype(np.float32)

@@ -2,8 +2,8 @@
 
 Layers between the convolutions cost a fifth of the time, all of it spent on moving maps through memory. So
   - a BatchNorm behind a convolution becomes part of its weights;
-  - a BatchNorm and ReLU in front of 1x1 convolutions (pre-activation) become, in fp32, one bound for each channel, and the
-    rest of the BatchNorm part of their weights, with s = scale and b = shift:
+  - a BatchNorm and ReLU in front of 1x1 convolutions (pre-activation) become, in fp32, one bound for each channel, and
+    the rest of the BatchNorm part of their weights, with s = scale and b = shift:
         relu(s x + b) = s max(x, -b / s) + b   where s > 0,
         relu(s x + b) = s min(x, -b / s) + b   where s < 0,
         relu(s x + b) = relu(b)                where s = 0;
@@ -157,7 +157,7 @@ class InferenceTrunk(Trunk):
             *(
                 InferenceUnit(unit, dtype) if isinstance(unit, PreactivationBottleneck) else unit.to(dtype)
                 for stage in trunk.stages
-                for unit in stage
+                for unit in stage.children()
             )
         )
         self.final_bn = trunk.final_bn

@@ -1,4 +1,4 @@
-"""How the network runs: BatchNorm folded, channels last, bf16 where the processor computes it faster than fp32.
+"""How the network runs: on which device, in which arithmetic, by which library.
 
 `prepare` returns a network that computes the same function as the one it is given; the given one is not changed.
 """
@@ -6,15 +6,53 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
+from torch import Tensor
 
+from delf_milvus.errors import UsageError
 from delf_milvus.model.delf import Delf
 from delf_milvus.model.folding import InferenceTrunk, fold_behind
+from delf_milvus.model.spec import Selection
+from delf_milvus.settings import Device, ExtractSettings, Precision
 
-Precision = Literal["auto", "bf16", "fp32"]
+Network = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""RGB (N, H, W, 3) uint8 on the CPU to (features (N, C, h, w), scores (N, 1, h, w) fp32), safe to call from threads."""
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The device of an `extract.device` setting; raises UsageError for a GPU that torch does not see."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UsageError(
+            "extract.device = cuda, and torch sees no GPU; install a CUDA build of torch, or set extract.device to cpu."
+        )
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+def load_network(network: Delf, selection: Selection, settings: ExtractSettings, device: torch.device) -> Network:
+    """The network for inference as the settings ask for it; the given one is not changed.
+
+    Raises UsageError when the settings' library is not installed.
+    """
+    dtype = resolve_dtype(settings.precision, device)
+    if settings.runtime == "openvino":
+        from delf_milvus.model.openvino_network import OpenVinoNetwork
+
+        return OpenVinoNetwork(network, selection, dtype)
+    prepared = prepare(network, device, dtype)
+
+    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if device.type == "cuda":
+            # From pinned memory the copy runs while the next level is resized.
+            pixels = pixels.pin_memory().to(device, non_blocking=True)
+        # (N, H, W, 3) seen as (N, 3, H, W) is channels last already.
+        features, scores = prepared(pixels.permute(0, 3, 1, 2), selection)
+        return features, scores
+
+    return run
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -40,9 +78,9 @@ def computes_bf16_fast(processor: str) -> bool:
 
 def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of the network's arithmetic for a `precision` setting."""
-    if precision == "fp32" or (precision == "auto" and not has_fast_bf16(device)):
-        return torch.float32
-    return torch.bfloat16
+    if precision == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def prepare(network: Delf, device: torch.device, dtype: torch.dtype) -> Delf:
@@ -52,8 +90,8 @@ def prepare(network: Delf, device: torch.device, dtype: torch.dtype) -> Delf:
         network.trunk = InferenceTrunk(network.trunk, dtype)
         if network.attention is not None:
             fold_behind(network.attention, "conv1", "bn")
-            # Convolutions alone change dtype: they are the cost, and they tolerate it. Not the last, of one channel: its
-            # result is the order of the features.
+            # Convolutions alone change dtype: they are the cost, and they tolerate it. Not the last, of one channel:
+            # its result is the order of the features.
             network.attention.conv1.to(dtype)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
