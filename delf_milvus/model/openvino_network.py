@@ -25,7 +25,7 @@ _KEPT_KERNELS = 500
 
 
 class _Maps(nn.Module):
-    """uint8 pixels (N, H, W, 3) to the map of descriptors and the map that scores are computed from."""
+    """uint8 pixels (N, H, W, 3) to two maps (N, h, w, channels): the descriptors, and what scores come from."""
 
     def __init__(self, network: Delf, selection: Selection) -> None:
         super().__init__()
@@ -34,7 +34,9 @@ class _Maps(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         raw, features = self.trunk(pixels.permute(0, 3, 1, 2).float())
-        return features, raw if self.attention is None else self.attention.hidden(features)
+        scored = raw if self.attention is None else self.attention.hidden(features)
+        # Channels last, as OpenVINO computes them and cells are taken from them.
+        return features.permute(0, 2, 3, 1), scored.permute(0, 2, 3, 1)
 
 
 class OpenVinoNetwork:
@@ -75,7 +77,7 @@ class OpenVinoNetwork:
         # A request of its own for each call: the maps lie in its memory, which lives as long as they do.
         request = self._compiled.create_infer_request()
         outputs = request.infer({0: pixels.numpy()}, share_inputs=True, share_outputs=True)
-        features, scored = (torch.from_numpy(outputs[index]) for index in (0, 1))
+        features, scored = (torch.from_numpy(outputs[index]).permute(0, 3, 1, 2) for index in (0, 1))
         if self._attention is None:
             return features, torch.linalg.vector_norm(scored, dim=1, keepdim=True)
         return features, self._attention.score(scored)
