@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -42,6 +42,13 @@ Profile = Literal[
     "AUTOINDEX",
 ]
 """Indexes by name: `store.profiles` says which there are where, and what each is built with."""
+
+
+Runtime = Literal["torch", "openvino"]
+
+Device = Literal["auto", "cpu", "cuda"]
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,12 @@ class ExtractSettings(_Stage):
     scales: tuple[float, ...] | None = Field(None, description="Pyramid scales, relative to the shrunk photo.")
     stored_features: int | None = Field(None, ge=1, le=4096, description="Most features stored for an image.")
     query_features: int | None = Field(None, ge=1, le=4096, description="Most features of a query photo.")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Arithmetic of the network; auto is bf16 where the processor computes it faster."
+    runtime: Runtime = Field(
+        "torch", description="Library that computes the network; openvino (CPU only) needs the extra of that name."
+    )
+    device: Device = Field("auto", description="Where it computes; auto is the GPU where torch sees one.")
+    precision: Precision = Field(
+        "auto", description="Arithmetic of the network; auto is bf16 where the processor computes it faster, or fp32."
     )
     selection: Literal["model", "attention", "norm"] = Field(
         "model", description="How cells are scored; model is what the weight file says retrieves better."
@@ -104,6 +115,12 @@ class ExtractSettings(_Stage):
         if scales is not None and (not scales or len(scales) > 16 or not all(0.05 <= s <= 4 for s in scales)):
             raise ValueError("give 1 to 16 scales between 0.05 and 4")
         return scales
+
+    @model_validator(mode="after")
+    def _runtime_has_device(self) -> ExtractSettings:
+        if self.runtime == "openvino" and self.device == "cuda":
+            raise ValueError("runtime openvino computes on the CPU: set device to cpu, or runtime to torch")
+        return self
 
     @property
     def plan(self) -> ExtractionPlan:

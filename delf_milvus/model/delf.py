@@ -23,10 +23,17 @@ class AttentionHead(nn.Module):
         self.bn = nn.BatchNorm2d(hidden, epsilon)
         self.conv2 = nn.Conv2d(hidden, 1, 1)
 
-    def forward(self, features: Tensor) -> Tensor:
-        hidden = torch.relu_(self.bn(self.conv1(features)))
+    def hidden(self, features: Tensor) -> Tensor:
+        """The hidden layer, (N, hidden, H, W)."""
+        return torch.relu_(self.bn(self.conv1(features)))
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """The scores of a hidden layer, (N, 1, H, W) fp32."""
         # In bf16 neighbouring cells would often get the same score, and their order would be chance.
-        return nn.functional.softplus(self.conv2(hidden).float())
+        return nn.functional.softplus(self.conv2(hidden.to(self.conv2.weight.dtype)).float())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.score(self.hidden(features))
 
 
 class Reduction(nn.Module):

@@ -20,7 +20,7 @@ from delf_milvus.features import Box, Features, clipped_box
 from delf_milvus.model import weights
 from delf_milvus.model.delf import pooled
 from delf_milvus.model.resize import resize_tf_bilinear, tf_size
-from delf_milvus.model.runtime import prepare, resolve_dtype
+from delf_milvus.model.runtime import load_network, resolve_device, resolve_dtype
 from delf_milvus.model.spec import fingerprint_of, resolve, selection_of
 from delf_milvus.settings import ExtractSettings
 
@@ -30,21 +30,24 @@ RgbImage = npt.NDArray[np.uint8]
 class Extractor:
     """Extracts features with one weight file and one set of settings; safe to use from several threads.
 
-    Raises ModelError when the weight file is missing, damaged, or lacks what the settings ask for.
+    Raises ModelError when the weight file is missing, damaged, or lacks what the settings ask for, and UsageError when
+    the machine lacks the settings' device or library.
     """
 
-    def __init__(self, model: str | Path | None, settings: ExtractSettings, device: torch.device | None = None) -> None:
+    def __init__(self, model: str | Path | None, settings: ExtractSettings) -> None:
         self.path = path = resolve(model)
         self.fingerprint = fingerprint_of(path, settings)
         network = weights.load(path)
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cpu") if settings.runtime == "openvino" else resolve_device(settings.device)
         self.dtype = resolve_dtype(settings.precision, self.device)
         self.plan = settings.plan
         self.selection = selection_of(path, network.spec, settings)
         self._stride = network.spec.trunk.stride
         self._pyramid = network.spec.pyramid
         self._least_attention = settings.min_attention
-        self._network = prepare(network, self.device, self.dtype)
+        self._network = load_network(network, self.selection, settings, self.device)
+        self._reduction = network.reduction.to(self.device)
+        self._global_reduction = None if network.global_reduction is None else network.global_reduction.to(self.device)
 
     def extract(self, photo: RgbImage, count: int, box: Box | None = None) -> Features:
         """The `count` best features of a photo, (H, W, 3) uint8 RGB, or of the part of it inside `box`.
@@ -70,7 +73,7 @@ class Extractor:
             if self._least_attention is not None:
                 order = order[scores[order] >= self._least_attention]
             maps = torch.cat([level[1] for level in levels])[order]
-            descriptors = self._network.reduction(maps).cpu().numpy()
+            descriptors = self._reduction(maps).cpu().numpy()
             global_descriptor = self._global_descriptor([level[1] for level in levels])
             attention = scores[order].cpu().numpy()
         rows = order.cpu().numpy()
@@ -81,10 +84,9 @@ class Extractor:
 
     def _global_descriptor(self, maps: list[Tensor]) -> npt.NDArray[np.float32]:
         """(G,) float32, of the maps (n, C) of all levels; of length 0 where the model has none."""
-        reduction = self._network.global_reduction
-        if reduction is None:
+        if self._global_reduction is None:
             return np.zeros(0, np.float32)
-        return np.asarray(reduction(pooled(maps)[None])[0].cpu().numpy())
+        return np.asarray(self._global_reduction(pooled(maps)[None])[0].cpu().numpy())
 
     def _level(
         self, region: RgbImage, scale: float
@@ -93,8 +95,7 @@ class Extractor:
         pixels = self._resized(region, scale)
         if pixels is None:
             return None
-        # (H, W, 3) seen as (1, 3, H, W) is channels last already.
-        features, scores = self._network(pixels.permute(2, 0, 1)[None].float(), self.selection)
+        features, scores = self._network(pixels[None])
         rows, columns = features.shape[2:]
         grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
         locations = (grid * (self._stride / scale)).astype(np.float32)
@@ -106,12 +107,12 @@ class Extractor:
         )
 
     def _resized(self, region: RgbImage, scale: float) -> Tensor | None:
-        """The pixels of one level, (h, w, 3); None if it is too small."""
+        """The pixels of one level, (h, w, 3), on the CPU; None if it is too small."""
         if self._pyramid == "tf-bilinear":
             height, width = tf_size(region.shape[:2], scale)
             if min(height, width) < 1:
                 return None
-            pixels = torch.from_numpy(np.ascontiguousarray(region)).to(self.device)
+            pixels = torch.from_numpy(np.ascontiguousarray(region))
             return resize_tf_bilinear(pixels.float(), height, width)
         height, width = (round(side * scale) for side in region.shape[:2])
         if min(height, width) < self._stride:
@@ -119,7 +120,7 @@ class Extractor:
         if (height, width) != region.shape[:2]:
             method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
             region = cv2.resize(region, (width, height), interpolation=method).astype(np.uint8, copy=False)
-        return torch.from_numpy(np.ascontiguousarray(region)).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(region))
 
 
 def _no_features(dim: int, width: int, height: int) -> Features:

@@ -1,4 +1,4 @@
-"""How the network runs: BatchNorm folded, channels last, bf16 where the processor computes it faster than fp32.
+"""How the network runs: on which device, in which arithmetic, by which library.
 
 `prepare` returns a network that computes the same function as the one it is given; the given one is not changed.
 """
@@ -6,17 +6,53 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
+from delf_milvus.errors import UsageError
 from delf_milvus.model.delf import Delf
-from delf_milvus.model.trunk import Bottleneck, PreactivationBottleneck
+from delf_milvus.model.folding import InferenceTrunk, fold_behind
+from delf_milvus.model.spec import Selection
+from delf_milvus.settings import Device, ExtractSettings, Precision
 
-Precision = Literal["auto", "bf16", "fp32"]
+Network = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""RGB (N, H, W, 3) in [0, 255], uint8 or fp32, on the CPU to (features (N, C, h, w), scores (N, 1, h, w) fp32), safe to call from threads."""
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The device of an `extract.device` setting; raises UsageError for a GPU that torch does not see."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UsageError(
+            "extract.device = cuda, and torch sees no GPU; install a CUDA build of torch, or set extract.device to cpu."
+        )
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+def load_network(network: Delf, selection: Selection, settings: ExtractSettings, device: torch.device) -> Network:
+    """The network for inference as the settings ask for it; the given one is not changed.
+
+    Raises UsageError when the settings' library is not installed.
+    """
+    dtype = resolve_dtype(settings.precision, device)
+    if settings.runtime == "openvino":
+        from delf_milvus.model.openvino_network import OpenVinoNetwork
+
+        return OpenVinoNetwork(network, selection, dtype)
+    prepared = prepare(network, device, dtype)
+
+    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if device.type == "cuda":
+            # From pinned memory the copy runs while the next level is resized.
+            pixels = pixels.pin_memory().to(device, non_blocking=True)
+        # (N, H, W, 3) seen as (N, 3, H, W) is channels last already.
+        features, scores = prepared(pixels.permute(0, 3, 1, 2), selection)
+        return features, scores
+
+    return run
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -42,44 +78,21 @@ def computes_bf16_fast(processor: str) -> bool:
 
 def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of the network's arithmetic for a `precision` setting."""
-    if precision == "fp32" or (precision == "auto" and not has_fast_bf16(device)):
-        return torch.float32
-    return torch.bfloat16
+    if precision == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def prepare(network: Delf, device: torch.device, dtype: torch.dtype) -> Delf:
     """A copy of `network` for inference: folded, channels last, convolutions in `dtype`, the rest in fp32."""
     network = copy.deepcopy(network).eval()
-    for module in list(network.modules()):
-        _fold(module)
-    network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-    for module in network.modules():
-        # Convolutions alone change dtype: they are the cost, and they tolerate it.
-        if isinstance(module, nn.Conv2d):
-            module.to(dtype)
+    with torch.no_grad():
+        network.trunk = InferenceTrunk(network.trunk, dtype)
+        if network.attention is not None:
+            fold_behind(network.attention, "conv1", "bn")
+            # Convolutions alone change dtype: they are the cost, and they tolerate it. Not the last, of one channel:
+            # its result is the order of the features.
+            network.attention.conv1.to(dtype)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    return network
-
-
-def _fuse(parent: nn.Module, convolution: str, batchnorm: str) -> None:
-    conv, norm = getattr(parent, convolution), getattr(parent, batchnorm)
-    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-        setattr(parent, convolution, fuse_conv_bn_eval(conv, norm))
-        setattr(parent, batchnorm, nn.Identity())
-
-
-def _fold(module: nn.Module) -> None:
-    """Fold every BatchNorm that directly follows a convolution; the others (pre-activation) stay."""
-    if isinstance(module, Bottleneck):
-        for index in ("1", "2", "3"):
-            _fuse(module, "conv" + index, "bn" + index)
-        if module.downsample is not None:
-            _fuse(module.downsample, "0", "1")
-    elif isinstance(module, PreactivationBottleneck):
-        _fuse(module, "conv1", "bn2")
-        _fuse(module, "conv2", "bn3")
-    elif isinstance(module, Delf):
-        _fuse(module.trunk, "conv1", "bn1")
-        if module.attention is not None:
-            _fuse(module.attention, "conv1", "bn")
+    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return] # not in the stubs

@@ -115,4 +115,5 @@ class Trunk(nn.Module):
         raw = self.stages(x)
         if self.final_bn is None:
             return raw, raw
-        return raw, torch.relu_(self.final_bn(raw))
+        # Not in place: OpenVINO's converter would have it change `raw`.
+        return raw, torch.relu(self.final_bn(raw))
