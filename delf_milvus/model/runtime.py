@@ -19,7 +19,8 @@ from delf_milvus.model.spec import Selection
 from delf_milvus.settings import Device, ExtractSettings, Precision
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""RGB (N, H, W, 3) in [0, 255], uint8 or fp32, on the CPU to (features (N, C, h, w), scores (N, 1, h, w) fp32), safe to call from threads."""
+"""RGB (N, H, W, 3) in [0, 255], uint8 or fp32, on the CPU to (features (N, C, h, w), scores (N, 1, h, w) fp32), safe to
+call from threads."""
 
 
 def resolve_device(device: Device) -> torch.device:
