@@ -34,7 +34,7 @@ from delf_milvus.model import weights
 from delf_milvus.model.extractor import Extractor
 from delf_milvus.settings import PRESETS, DecodeSettings, ExtractionPlan, ExtractSettings
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, str]] = {
     "torch fp32": {"runtime": "torch", "precision": "fp32"},
     "torch bf16": {"runtime": "torch", "precision": "bf16"},
     "torch fp16": {"runtime": "torch", "precision": "fp16"},

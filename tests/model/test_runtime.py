@@ -119,6 +119,7 @@ def test_half_precision_finds_the_features_of_fp32_in_a_photo(shared: Path, prec
     common, cosine = agreement(half, reference)
     assert common >= 0.95
     assert cosine >= 0.999
+    assert half.global_descriptor @ reference.global_descriptor >= 0.999
 
 
 def test_library_device_and_precision_are_no_part_of_the_fingerprint(tmp_path: Path) -> None:
