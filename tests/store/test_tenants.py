@@ -58,8 +58,12 @@ def items_of(years: list[int], seed: int = 1) -> list[tuple[ImageRecord, Feature
 
 
 def found_images(store: FeatureStore, features: Features, where: object = "") -> set[int]:
+    """Images found by their local features, which must be those found by their global descriptors."""
     keys, _ = store.neighbours(features.descriptors, 400, where)  # type: ignore[arg-type]
-    return set(split_keys(keys[keys != PADDING_KEY])[0].tolist())
+    found = set(split_keys(keys[keys != PADDING_KEY])[0].tolist())
+    alike, _ = store.similar(features.global_descriptor, 400, where)  # type: ignore[arg-type]
+    assert set(alike.tolist()) == found
+    return found
 
 
 def test_a_filter_works_inside_the_vector_search(opened: Opener) -> None:
@@ -95,6 +99,7 @@ def test_changed_values_reach_the_features(opened: Opener) -> None:
     after = store.neighbours(items[0][1].descriptors, 3, "year == 2005")
     np.testing.assert_array_equal(before[0], after[0])
     np.testing.assert_allclose(before[1], after[1], atol=1e-5)
+    assert found_images(store, items[0][1], "year == 2005") == {moved.key}
     record, features = store.stored([moved.key])[moved.key]
     assert (record.uri, record.metadata["year"], record.metadata["new"], len(features)) == ("elsewhere", 2005, "x", 40)
     assert (store.count_images(), store.count_features()) == (2, 80)
