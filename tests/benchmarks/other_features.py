@@ -3,25 +3,20 @@
     python tests/benchmarks/other_features.py --data DATA
 
 Pairs: the first two views of each object, and first views of different objects; how many pass the bar of 0.01, which
-was calibrated with the bundled model. Collection: three views of 150 objects are stored (embedded), the fourth view of
-each asks, and a view of each of the 100 others; before and after `calibrate`.
+was calibrated with the bundled model.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-from delf_milvus.evaluation.recalibration import RecalibrationConfig, recalibrate
 from delf_milvus.featurefiles.arrays import LocalFeatures
-from delf_milvus.features import Features, Fingerprint
-from delf_milvus.index import DelfIndex
+from delf_milvus.features import Features
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.matching import match
@@ -30,7 +25,6 @@ from delf_milvus.retrieval.verification import verify_many
 from delf_milvus.settings import Settings
 
 COUNT = 500
-STORED = 150
 BAR = 0.01
 
 
@@ -69,43 +63,10 @@ def pairs(of: Callable[[int], Features], settings: Settings) -> None:
     print(f"  pairs: {true} of 250 true ones pass, {wrong} of 250 unrelated ones", flush=True)
 
 
-def collection(of: Callable[[int], Features], name: str, settings: Settings) -> None:
-    """Print how many right first answers and false alarms pass."""
-    dim = of(0).dim
-    with tempfile.TemporaryDirectory() as folder:
-        made_by = Fingerprint.elsewhere(name, dim)
-        settings = settings.model_copy(update={"uri": f"{folder}/test.db"})
-        with DelfIndex(settings=settings, made_by=made_by) as index:
-            for i in range(STORED):
-                for view in range(3):
-                    index.add_features(of(4 * i + view), f"{i:03d}/{view}")
-            index.store.ensure_index()
-            asked: list[tuple[str, npt.NDArray[np.float64], list[str]]] = []
-            for i in range(250):
-                judged = index.judge(of(4 * i + 3))
-                asked.append((f"{i:03d}", judged.evidence, [one.image_id[:3] for one in judged.candidates]))
-            new, _ = recalibrate(index, RecalibrationConfig(limit=STORED))
-            for title, calibration in (("bundled", index.calibration), ("own", new)):
-                right = first = false = 0
-                for group, rows, names in asked:
-                    passes = calibration.assess(rows).false_alarm <= BAR
-                    if int(group) < STORED:
-                        first += names[:1] == [group]
-                        right += names[:1] == [group] and bool(passes[0])
-                    else:
-                        false += bool(passes.any())
-                print(
-                    f"  collection, {title} calibration: first answer right {first} of {STORED}, and verified {right}; "
-                    f"{false} of {250 - STORED} queries without a match answered",
-                    flush=True,
-                )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--kinds", nargs="*", default=["sift", "orb"])
-    parser.add_argument("--parts", nargs="*", default=["pairs", "collection"])
     parser.add_argument("--similarity", type=float, help="verify.similarity")
     arguments = parser.parse_args()
     photos = sorted((arguments.data / "ukbench").iterdir())
@@ -123,10 +84,7 @@ def main() -> None:
                     known[number] = extracted(photos[number], kind, has_scales)
                 return known[number]
 
-            if "pairs" in arguments.parts:
-                pairs(of, settings)
-            if "collection" in arguments.parts:
-                collection(of, f"{kind}-opencv", settings)
+            pairs(of, settings)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from conftest import make_photo, save_photo
 from featurefiles.samples import local_features, sift
 from model.models import write_tiny_model
 
-from delf_milvus.errors import CollectionError, InputError, UsageError
+from delf_milvus.errors import CollectionError, InputError, ModelError, UsageError
+from delf_milvus.evaluation.recalibration import RecalibrationConfig, recalibrate
 from delf_milvus.featurefiles import hloc, npz
 from delf_milvus.featurefiles.arrays import LocalFeatures
 from delf_milvus.featurefiles.folder import FeatureFolder
@@ -22,7 +23,8 @@ from delf_milvus.index import DelfIndex
 from delf_milvus.ingestion.extraction import extract_photos
 from delf_milvus.ingestion.scan import scan
 from delf_milvus.matcher import PhotoMatcher
-from delf_milvus.settings import Settings
+from delf_milvus.settings import Settings, VerifySettings
+from delf_milvus.store.records import ImageRecord
 
 SCENES = 5
 
@@ -300,6 +302,29 @@ def test_features_from_memory(tmp_path: Path) -> None:
 def _saved(folder: Path, features: Features) -> Path:
     npz.write(folder / "q.npz", LocalFeatures.of(features))
     return folder / "q.npz"
+
+
+def test_stored_features_calibrate_their_collection_without_a_model(tmp_path: Path) -> None:
+    settings = Settings(model=str(tmp_path / "absent.safetensors"), search={"neighbours": 20})
+    made_by = Fingerprint.elsewhere("net", 8)
+    with DelfIndex.open(tmp_path / "test.db", settings=settings, made_by=made_by) as index:
+        items = [
+            (ImageRecord(f"{number % 4}/{number}", "", "", ""), local_features(number, 20, 8).features(20, "memory"))
+            for number in range(130)
+        ]
+        index.store.write(items)
+        index.store.ensure_index()
+        bundled = settings.model_copy(update={"model": "bundled"})
+        with pytest.raises(ModelError, match="There is no model file"):
+            index.calibration  # noqa: B018 - the property reads it
+    with DelfIndex.open(tmp_path / "test.db", settings=bundled, any_model=True) as index:
+        calibration, report = recalibrate(index, RecalibrationConfig())
+        calibration.write(tmp_path / "own.json")
+    assert (report.queries, report.failed) == (130, 0)
+    assert report.after <= 0.05
+    own = bundled.model_copy(update={"verify": VerifySettings(calibration=str(tmp_path / "own.json"))})
+    with DelfIndex.open(tmp_path / "test.db", settings=own, any_model=True) as index:
+        assert index.search(items[0][1]).calibrated
 
 
 def test_too_many_fields_are_told_before_anything_is_written(tmp_path: Path, opened: Callable[..., DelfIndex]) -> None:
