@@ -110,6 +110,8 @@ def search(
         if state.verbose:
             say("seconds: " + ", ".join(f"{step} {s:.3f}" for step, s in result.to_dict()["timings"].items()))
     if not result.matched:
+        if not (state.quiet or state.json or features or parts or turned):
+            say("--turned looks for photos that lie on their side, --parts for small things")
         raise typer.Exit(1)
 
 

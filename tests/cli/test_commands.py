@@ -116,6 +116,7 @@ def test_filters_and_tenants_from_a_listing(tmp_path: Path) -> None:
 def test_no_match_is_exit_code_1(workplace: Path) -> None:
     human = call(workplace, "search", "stranger.png")
     assert (human.returncode, human.stdout) == (1, "no match\n")
+    assert "--turned" in human.stderr
     result = call(workplace, "--json", "search", "stranger.png", "--include-unverified", "--top", 2)
     assert result.returncode == 1
     answer = json.loads(result.stdout)
