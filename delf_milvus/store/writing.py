@@ -65,6 +65,12 @@ class StoreWriter(StoreReader):
                         f"Image {record.image_id!r} has descriptors of {features.dim} components, the collection "
                         f"{self._collection!r} of {fingerprint.dim}: use the model that it was made with."
                     )
+                if fingerprint.global_dim and len(features.global_descriptor) not in (0, fingerprint.global_dim):
+                    raise CollectionError(
+                        f"Image {record.image_id!r} has a global descriptor of {len(features.global_descriptor)} "
+                        f"components, the collection {self._collection!r} of {fingerprint.global_dim}: use the model "
+                        "that it was made with."
+                    )
                 if record.key in complete:
                     _check_collision(complete[record.key][0].image_id, record.image_id)
                 complete[record.key] = (records.completed(record, features, fingerprint), features)

@@ -169,6 +169,11 @@ def test_queries_of_another_length_are_refused(filled: FeatureStore) -> None:
         filled.neighbours(random_features(RNG, 3, dim=8).descriptors, 5)
     with pytest.raises(CollectionError, match="8 components"):
         filled.write([(ImageRecord("x"), random_features(RNG, 3, dim=8))])
+    with pytest.raises(CollectionError, match="global descriptor of 2 components"):
+        filled.similar(np.float32([0.6, 0.8]), 5)
+    longer = replace(random_features(RNG, 3), global_descriptor=np.float32([0.6, 0.8]))
+    with pytest.raises(CollectionError, match="global descriptor of 2 components"):
+        filled.write([(ImageRecord("x"), longer)])
 
 
 def test_an_image_without_features_is_stored(store: FeatureStore) -> None:
