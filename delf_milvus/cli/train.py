@@ -14,7 +14,10 @@ from delf_milvus.errors import InputError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Train a model on photos with image-level labels.")
 
-Data = Annotated[list[Path], typer.Option("--data", help="Folder of class folders; give it again for more.")]
+Data = Annotated[
+    list[Path],
+    typer.Option("--data", help="Folder of class folders, or a CSV file of Google Landmarks; give it again for more."),
+]
 Exclude = Annotated[
     Path | None, typer.Option("--exclude", help="Text file: names of class folders to leave out, one a line.")
 ]

@@ -1,7 +1,8 @@
-"""Labelled photos: class folders in, uint8 tensors out.
+"""Labelled photos: class folders or a CSV file of Google Landmarks in, uint8 tensors out.
 
-A class is a folder of photos; its name is "<root's name>/<folder's name>", so that several roots can be trained on
-together. Photos are decoded once and kept in memory, shrunk: the sets that fit a workstation fit its memory.
+A class is a folder of photos, or a landmark; its name is "<root's name>/<folder's name or landmark id>", so that
+several roots can be trained on together. Up to `MOST_IN_MEMORY` photos are decoded once and kept in memory, shrunk;
+more are read whenever they are drawn.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from delf_milvus.errors import InputError
+from delf_milvus.training.landmark_csv import photos_by_landmark
 from delf_milvus.training.vision import datasets
+
+MOST_IN_MEMORY = 50_000
+"""Photos that are kept: of 250 x 330 pixels, 12 GB."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +37,32 @@ class LabelledPhotos:
 def labelled_photos(roots: Sequence[Path], exclude: Iterable[str] = ()) -> LabelledPhotos:
     """Every photo in the class folders of `roots`, in a stable order, without the classes named in `exclude`.
 
-    Raises InputError for a root without class folders.
+    A root that is a file is a CSV file of Google Landmarks.
+    Raises InputError for a root without class folders, or a file that is no such CSV.
     """
     left_out = set(exclude)
     paths: list[Path] = []
     labels: list[int] = []
     classes: list[str] = []
     for root in roots:
-        try:
-            folder = datasets.ImageFolder(str(root))
-        except FileNotFoundError as error:
-            raise InputError(f"{root} has no folders of photos, one a class, to train on.") from error
-        for name in folder.classes:
+        for name, own in (photos_by_landmark(root) if root.is_file() else _photos_by_folder(root)).items():
             if name in left_out:
                 continue
-            number = folder.class_to_idx[name]
-            own = [Path(path) for path, label in folder.samples if label == number]
             paths += own
             labels += [len(classes)] * len(own)
             classes.append(f"{root.name}/{name}")
     return LabelledPhotos(paths, labels, classes)
+
+
+def _photos_by_folder(root: Path) -> dict[str, list[Path]]:
+    try:
+        folder = datasets.ImageFolder(str(root))
+    except FileNotFoundError as error:
+        raise InputError(f"{root} has no folders of photos, one a class, to train on.") from error
+    found: dict[str, list[Path]] = {name: [] for name in folder.classes}
+    for path, label in folder.samples:
+        found[folder.classes[label]].append(Path(path))
+    return found
 
 
 def split(photos: LabelledPhotos, every: int) -> tuple[LabelledPhotos, LabelledPhotos]:
@@ -97,15 +108,17 @@ def read_rgb(path: Path, longest: int | None = None, shortest: int | None = None
 
 
 class PhotoDataset(Dataset[tuple[Tensor, int]]):
-    """Photos in memory, with the shortest side at most `shortest` pixels, each drawn through `transform`."""
+    """Photos with the shortest side at most `shortest` pixels, each drawn through `transform`."""
 
     def __init__(self, photos: LabelledPhotos, shortest: int, transform: Callable[[Tensor], Tensor]) -> None:
-        self.images = [read_rgb(path, shortest=shortest) for path in photos.paths]
-        self.labels = photos.labels
+        self.paths, self.labels, self.shortest = photos.paths, photos.labels, shortest
+        few = len(self.paths) <= MOST_IN_MEMORY
+        self.images = [read_rgb(path, shortest=shortest) for path in self.paths] if few else []
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), self.labels[index]
+        image = self.images[index] if self.images else read_rgb(self.paths[index], shortest=self.shortest)
+        return self.transform(image), self.labels[index]

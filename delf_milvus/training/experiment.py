@@ -28,7 +28,8 @@ MAY_CHANGE = frozenset({"epochs", "out"})
 
 
 class Experiment:
-    """A folder with `config.json`, `metrics.jsonl` (appended) and `checkpoint.safetensors`.
+    """A folder with `config.json`, `metrics.jsonl` (appended), `checkpoint.safetensors`, and where TensorBoard is
+    installed its curves in `tensorboard/`.
 
     `config` is a dataclass of plain values with the fields `init`, an existing weight file, and `out`, the folder.
     It is written at the start, with the digest of that file; a run that resumes changes `MAY_CHANGE` in it alone.
@@ -64,10 +65,18 @@ class Experiment:
                 )
 
     def log(self, **values: float | int | str) -> None:
-        """Append one line to the metrics, with the time of day."""
+        """Append one line to the metrics, with the time of day. `stage` names the curves, `epoch` is their step."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **values})
         with (self.folder / "metrics.jsonl").open("a") as stream:
             stream.write(line + "\n")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        with SummaryWriter(str(self.folder / "tensorboard")) as curves:
+            for name, value in values.items():
+                if name not in ("stage", "epoch"):
+                    curves.add_scalar(f"{values.get('stage', 'run')}/{name}", value, values.get("epoch", 0))
 
     def save_checkpoint(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         """Replace the checkpoint."""

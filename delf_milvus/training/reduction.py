@@ -22,6 +22,7 @@ from delf_milvus.model.extractor import Extractor
 from delf_milvus.model.spec import Selection
 from delf_milvus.settings import DecodeSettings, ExtractSettings
 from delf_milvus.training.experiment import Experiment
+from delf_milvus.training.landmark_csv import photos_by_landmark
 
 Say = Callable[[str], None]
 
@@ -30,7 +31,8 @@ Say = Callable[[str], None]
 class ReductionConfig:
     """How to fit the reduction and export the model.
 
-    data: folders of photos, searched recursively; exclude: names of folders that are left out.
+    data: folders of photos, searched recursively, or CSV files of Google Landmarks; exclude: names of folders, or
+    landmark ids, that are left out.
     init: weight file with a trunk, and attention where `selection` asks for it.
     features: descriptors taken of each photo; photos: most photos used, evenly spread over the sorted paths.
     global_dim: length of the global descriptor; 0: the model has none.
@@ -58,7 +60,7 @@ def fit_reduction(config: ReductionConfig, say: Say = print) -> Path:
         raise ModelError(f"{config.init} has no attention head; give --selection norm, or train attention first.")
     channels = spec.trunk.channels
     excluded = set(config.exclude)
-    photos = [photo for root in config.data for photo in scan([root]).photos if not excluded & set(photo.path.parts)]
+    photos = [path for root in config.data for path in _photos(root, excluded)]
     if not photos:
         raise InputError("There are no photos to fit the reduction on; give --data a folder of photos.")
     step = max(1, len(photos) / config.photos)
@@ -77,7 +79,7 @@ def fit_reduction(config: ReductionConfig, say: Say = print) -> Path:
     extractor = Extractor(unreduced, ExtractSettings())
     local, whole = _Moments(channels), _Moments(channels)
     for number, photo in enumerate(photos, 1):
-        pixels = decode(photo.path, DecodeSettings())
+        pixels = decode(photo, DecodeSettings())
         features = extractor.extract(pixels, config.features)
         local.add(torch.from_numpy(features.descriptors))
         whole.add(torch.from_numpy(features.global_descriptor.reshape(-1, channels)))
@@ -107,6 +109,14 @@ def fit_reduction(config: ReductionConfig, say: Say = print) -> Path:
     if not np.isfinite(weights.load(path).reduction.projection.numpy()).all():
         raise ModelError("The descriptors have too little variance to fit a reduction; give --data more photos.")
     return path
+
+
+def _photos(root: Path, excluded: set[str]) -> list[Path]:
+    """The photos of a folder, at any depth, or of a CSV file of Google Landmarks."""
+    if root.suffix.lower() == ".csv":
+        found = photos_by_landmark(root)
+        return [path for landmark, paths in found.items() if landmark not in excluded for path in paths]
+    return [photo.path for photo in scan([root]).photos if not excluded & set(photo.path.parts)]
 
 
 class _Moments:

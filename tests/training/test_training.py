@@ -25,7 +25,7 @@ from delf_milvus.settings import DecodeSettings, ExtractSettings
 pytest.importorskip("delf_milvus.training.vision", reason="needs torchvision (extra: train)")
 
 from delf_milvus.training.attention import AttentionConfig, AttentionPooling, train_attention
-from delf_milvus.training.data import labelled_photos, split
+from delf_milvus.training.data import PhotoDataset, labelled_photos, split
 from delf_milvus.training.finetune import FinetuneConfig, finetune
 from delf_milvus.training.reduction import ReductionConfig, fit_reduction
 
@@ -88,6 +88,18 @@ def test_fine_tuning_learns_and_changes_every_layer(trunk: Path, initial: Path) 
             assert torch.equal(before[name], after[name]), name
 
 
+def test_tensorboard_shows_the_metrics(trunk: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs tensorboard (extra: train)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(trunk.parent / "tensorboard"))
+    curves.Reload()
+    written = metrics(trunk.parent)
+    for name in ("loss", "validation_accuracy"):
+        found = [(point.step, point.value) for point in curves.Scalars(f"finetune/{name}")]
+        assert found == [(line["epoch"], pytest.approx(line[name])) for line in written]
+
+
 def test_a_resumed_run_goes_on_where_it_stopped(data: Path, initial: Path, tmp_path: Path) -> None:
     said: list[str] = []
     finetune(config(data, initial, tmp_path, epochs=1), say=said.append)
@@ -103,10 +115,10 @@ def test_a_run_is_not_resumed_with_another_configuration(
     data: Path, initial: Path, trunk: Path, tmp_path: Path, field: str, value: object
 ) -> None:
     out = shutil.copytree(trunk.parent, tmp_path / "moved")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UsageError, match=f"another {field};"):
         finetune(config(data, initial, out, epochs=9, **{field: value}), say=lambda _: None)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_is_not_resumed_with_other_weights_under_the_old_name(data: Path, tmp_path: Path) -> None:
@@ -160,6 +172,47 @@ def test_excluded_classes_are_in_neither_part(data: Path) -> None:
     training, validation = split(photos, 5)
     assert set(training.paths).isdisjoint(validation.paths)
     assert len(training.paths) + len(validation.paths) == len(photos.paths) == 24
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_the_csv_of_google_landmarks_labels_the_photos_that_are_there(tmp_path: Path, clean: bool) -> None:
+    there = {"abc1": "7", "abd2": "7", "cde3": "12"}
+    for photo in there:
+        save_photo(tmp_path / "train" / photo[0] / photo[1] / photo[2] / f"{photo}.jpg", make_photo(0, 40, 30))
+    rows = "id,url,landmark_id\nabc1,u,7\ncde3,u,12\nabd2,u,7\nfff9,u,5\n../x,u,7\n"
+    if clean:
+        rows = "landmark_id,images\n7,abd2 abc1 ../x\n12,cde3\n5,fff9\n"
+    file = tmp_path / "train.csv"
+    file.write_text(rows)
+    photos = labelled_photos([file])
+    assert photos.classes == ["train.csv/12", "train.csv/7"]
+    assert [path.stem for path in photos.paths] == ["cde3", "abc1", "abd2"]
+    assert photos.labels == [0, 1, 1]
+    assert labelled_photos([file], ["7"]).classes == ["train.csv/12"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a,b\n1,2\n", "columns"), ("id,landmark_id\nabc1,7\n", "None of the photos"), ("", "columns")],
+)
+def test_a_csv_that_labels_nothing_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        labelled_photos([tmp_path / "train.csv"])
+    (tmp_path / "train.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="Google Landmarks"):
+        labelled_photos([tmp_path / "train.csv"])
+
+
+def test_more_photos_than_memory_holds_are_read_when_drawn(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = labelled_photos([data])
+    kept = PhotoDataset(photos, 40, lambda image: image)
+    monkeypatch.setattr("delf_milvus.training.data.MOST_IN_MEMORY", 10)
+    read = PhotoDataset(photos, 40, lambda image: image)
+    assert (len(read.images), len(read), len(kept.images)) == (0, 36, 36)
+    for index in (0, 17, 35):
+        assert torch.equal(read[index][0], kept[index][0])
+        assert read[index][1] == kept[index][1]
 
 
 def test_a_folder_without_classes_is_one_sentence(tmp_path: Path) -> None:
