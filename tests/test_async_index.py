@@ -166,17 +166,17 @@ def test_the_loop_runs_on_while_threads_compute(place: Settings, monkeypatch: py
         async with await AsyncDelfIndex.open(settings=place, threads=1) as index:
             await index.add(make_photo(1), "1.png")
             extracting, go_on = threading.Event(), threading.Event()
-            query = index._index.query
+            queries = index._index.queries
 
             def slow(*arguments: Any) -> Any:
                 extracting.set()
                 # Set by the event loop alone: it would time out if the search kept the loop busy.
                 assert go_on.wait(30)
-                return query(*arguments)
+                return queries(*arguments)
 
-            monkeypatch.setattr(index._index, "query", slow)
+            monkeypatch.setattr(index._index, "queries", slow)
             if index._reads is None:
-                monkeypatch.setattr(index._index, "search", lambda *a, **k: slow(*a).result([]))
+                monkeypatch.setattr(index._index, "search", lambda *a, **k: slow(*a)[0].result([]))
             searching = asyncio.ensure_future(index.search(cropped(1)))
             while not extracting.is_set():
                 await asyncio.sleep(0.01)
