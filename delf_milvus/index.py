@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -118,8 +119,13 @@ class DelfIndex:
     @property
     def made_elsewhere(self) -> str:
         """Who made the features of the collection, where no model of ours did; else ""."""
-        fingerprint = self._store.stored_fingerprint or self._store.expected_fingerprint
+        fingerprint = self._fingerprint
         return fingerprint.made_elsewhere if fingerprint else ""
+
+    @property
+    def _fingerprint(self) -> Fingerprint | None:
+        """Of the collection, or of the one that would be made; None where any would do."""
+        return self._store.stored_fingerprint or self._store.expected_fingerprint
 
     def require_model(self) -> None:
         """Raise CollectionError unless the collection is of this index's model, whatever it was opened with."""
@@ -156,13 +162,8 @@ class DelfIndex:
             dry_run=dry_run,
             progress=progress,
         )
-        if prune and not report.interrupted and not report.stopped:
-            missing = gone(self._store, scanned.roots, report.failures)
-            report.removed = len(missing) if dry_run else len(self._store.delete(missing))
-        if not dry_run:
-            self._store.ensure_index()
-            self._added = False
-        return report
+        missing = partial(gone, self._store, scanned.roots, report.failures)
+        return self._ingested(report, missing if prune else None, dry_run)
 
     def ingest_features(
         self,
@@ -190,17 +191,23 @@ class DelfIndex:
         scanned = scan_features(
             roots, id_prefix=id_prefix, follow_links=self.settings.ingest.follow_links, listing=listing
         )
-        known = self._store.stored_fingerprint or self._store.expected_fingerprint
-        made_by = maker_of(scanned, name) or known
+        made_by = maker_of(scanned, name) or self._fingerprint
         if made_by is None:
             raise InputError("None of these feature files can be read; `--features` takes .npz, .delf and .h5 files.")
         self._store.expect(made_by)
         report = ingest_features(
             scanned, self._store, made_by, self.settings, name=name, dry_run=dry_run, progress=progress
         )
-        if prune and not report.interrupted and not report.stopped:
-            missing = gone_features(self._store, scanned, report.failures)
-            report.removed = len(missing) if dry_run else len(self._store.delete(missing))
+        missing = partial(gone_features, self._store, scanned, report.failures)
+        return self._ingested(report, missing if prune else None, dry_run)
+
+    def _ingested(
+        self, report: IngestReport, missing: Callable[[], Sequence[str]] | None, dry_run: bool
+    ) -> IngestReport:
+        """The end of every ingest: remove what `missing` finds, where that is asked for, and build the index."""
+        if missing is not None and not report.interrupted and not report.stopped:
+            ids = missing()
+            report.removed = len(ids) if dry_run else len(self._store.delete(ids))
         if not dry_run:
             self._store.ensure_index()
             self._added = False
@@ -290,7 +297,7 @@ class DelfIndex:
         than the collection's, or does not say that this model did.
         """
         found = read_place(place)
-        stored = self._store.stored_fingerprint or self._store.expected_fingerprint
+        stored = self._fingerprint
         features = found.features(self.settings.extract.plan.query_features, str(place))
         if stored is not None and len(features):
             _check_maker(found, stored, str(place))
@@ -351,7 +358,7 @@ class DelfIndex:
             search = search.model_copy(update={"top": top_k})
         timings = Timings()
         name = str(image) if isinstance(image, str | Path) else ""
-        made_by = self._store.stored_fingerprint or self._store.expected_fingerprint or self._matcher.fingerprint
+        made_by = self._fingerprint or self._matcher.fingerprint
 
         def made(features: Features, search: SearchSettings, box: Box, view: View, size: tuple[int, int]) -> Query:
             return Query(name, made_by.short, features, search, box, timings, self.calibrated, view, size)
