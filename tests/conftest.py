@@ -21,6 +21,7 @@ from pymilvus import MilvusClient
 from pytest_docker.plugin import DockerComposeExecutor, Services
 
 RgbImage = NDArray[np.uint8]
+WHEEL_SERVER = pytest.StashKey[WheelServer]()
 
 
 def _shared() -> Path:
@@ -98,12 +99,22 @@ def name(milvus: Server) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def wheel_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WheelServer]:
+def wheel_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WheelServer]:
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip("the server comes as a wheel for Linux x86-64 only")
     server = WheelServer(tmp_path_factory.mktemp("milvus"))
+    request.config.stash[WHEEL_SERVER] = server
     yield server
+    del request.config.stash[WHEEL_SERVER]
     server.kill()
+
+
+@pytest.fixture(autouse=True)
+def live_server(request: pytest.FixtureRequest) -> None:
+    """Every test finds a server that runs, whatever the one before did to it."""
+    server = request.config.stash.get(WHEEL_SERVER, None)
+    if server is not None:
+        server.revive()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import random
 import re
 import secrets
 import signal
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -71,9 +73,7 @@ def servers(*marks: pytest.MarkDecorator) -> list[ParameterSet]:
 
 def compose_environment() -> dict[str, str]:
     """What the compose file asks for: secrets of this run, and a port that stays through restarts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     return {
         "MINIO_ROOT_USER": secrets.token_hex(8),
         "MINIO_ROOT_PASSWORD": secrets.token_hex(16),
@@ -167,8 +167,18 @@ class WheelServer:
         give_up = time.monotonic() + 120
         while not self._healthy():
             if self._process.poll() is not None or time.monotonic() > give_up:
-                raise RuntimeError(f"the server did not start again; its logs are in {self._folder / 'logs'}")
+                raise RuntimeError(f"the server did not start again; the end of its log:\n{self._end_of_log()}")
             time.sleep(0.2)
+
+    def revive(self) -> None:
+        """Start again what a test left dead, so that its failure is not every later test's as well."""
+        if self._process.poll() is not None:
+            warnings.warn(f"a server was left dead; the end of its log:\n{self._end_of_log()}", stacklevel=2)
+            self.restart()
+
+    def _end_of_log(self) -> str:
+        logs = sorted((self._folder / "logs").glob("*"), key=lambda path: path.stat().st_mtime)
+        return logs[-1].read_text(errors="replace")[-4000:] if logs else ""
 
     def _healthy(self) -> bool:
         try:
@@ -179,12 +189,23 @@ class WheelServer:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Different ports that nobody listens on now.
+
+    They lie below those that the system gives to outgoing connections: one of these would take the port of a server
+    that is dead for a moment, and a client that knocks there often enough even connects to itself.
+    """
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        first = 32768
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(10_000, max(first, 20_000)), 1000):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError("this machine has no free ports for a test server")
 
 
 def _etcd_config(path: Path) -> Path:
