@@ -32,6 +32,13 @@ def _names(path: Path | None) -> tuple[str, ...]:
     return tuple(path.read_text(encoding="utf-8").split())
 
 
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} takes whole numbers with commas between them, as in 2,3,5; not {text}.") from error
+
+
 @contextmanager
 def _training_extra() -> Iterator[None]:
     try:
@@ -143,6 +150,56 @@ def reduction(
         global_dim=global_dim,
     )
     typer.echo(fit_reduction(config, _say))
+
+
+@app.command()
+def distill(
+    data: Annotated[
+        list[Path],
+        typer.Option("--data", help="Folder of photos, or a CSV file of Google Landmarks; give it again for more."),
+    ],
+    out: Out,
+    init: Annotated[Path | None, typer.Option(help="The large model; left out: the bundled one.")] = None,
+    exclude: Exclude = None,
+    units: Annotated[str, typer.Option(help="Units of each stage, 3,4,6 at most.")] = "2,3,5",
+    widths: Annotated[str, typer.Option(help="Channels inside the units of each stage.")] = "32,64,128",
+    outputs: Annotated[str, typer.Option(help="Channels behind each stage; the last stays the large model's.")] = (
+        "128,512,1024"
+    ),
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden channels of the attention head.")] = 256,
+    epochs: Annotated[int, typer.Option(min=1)] = 5,
+    piecewise: Annotated[int, typer.Option(min=0, help="Epochs in which the pieces learn by themselves.")] = 2,
+    batch: Annotated[int, typer.Option(min=2)] = 16,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 0.001,
+    seed: int = 0,
+) -> None:
+    """Make a small, quick model that gives the features of a large one; the photos need no labels.
+
+    Example: delf-milvus train distill --data photos/ --out runs/small
+    """
+    with _training_extra():
+        from delf_milvus.training.distillation import DistillationConfig
+        from delf_milvus.training.distillation import distill as run
+    from delf_milvus.model.spec import resolve
+
+    if piecewise > epochs:
+        raise UsageError(f"--piecewise {piecewise} is more than --epochs {epochs}.")
+    config = DistillationConfig(
+        data=tuple(data),
+        out=out,
+        init=resolve(init),
+        exclude=_names(exclude),
+        units=_numbers("--units", units),
+        widths=_numbers("--widths", widths),
+        outputs=_numbers("--outputs", outputs),
+        hidden=hidden,
+        epochs=epochs,
+        piecewise=piecewise,
+        batch=batch,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    typer.echo(run(config, _say))
 
 
 @app.command()

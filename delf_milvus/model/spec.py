@@ -29,7 +29,8 @@ class TrunkSpec:
         (TF-slim: stride in the 3x3 of a stage's last unit, whose identity shortcut is subsampled).
     units: number of bottleneck units in each stage.
     strides: spatial stride of each stage; the stem has stride 4.
-    widths: channels of the 3x3 convolution in each stage; a stage's output has four times as many.
+    widths: channels of the 3x3 convolution in each stage.
+    outputs: channels of each stage's output; None: four times the widths.
     mean, std: normalisation of pixel values divided by 255.
     epsilon: of every BatchNorm, the attention head's included.
     """
@@ -41,6 +42,12 @@ class TrunkSpec:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     epsilon: float = field(default=1e-5)
+    outputs: tuple[int, ...] | None = None
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Channels of each stage's output."""
+        return self.outputs or tuple(4 * width for width in self.widths)
 
     @property
     def stride(self) -> int:
@@ -53,7 +60,7 @@ class TrunkSpec:
     @property
     def channels(self) -> int:
         """Channels of the output map."""
-        return 4 * self.widths[-1]
+        return self.stage_channels[-1]
 
 
 Selection = Literal["attention", "norm"]

@@ -25,9 +25,8 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.
 class Bottleneck(nn.Module):
     """1x1, 3x3 (stride), 1x1, each followed by BatchNorm; ReLU after the sum (layouts v1 and v1.5)."""
 
-    def __init__(self, inputs: int, width: int, stride: int, epsilon: float) -> None:
+    def __init__(self, inputs: int, width: int, outputs: int, stride: int, epsilon: float) -> None:
         super().__init__()
-        outputs = 4 * width
         self.conv1 = _convolution(inputs, width, 1)
         self.bn1 = nn.BatchNorm2d(width, epsilon)
         self.conv2 = _convolution(width, width, 3, stride)
@@ -52,9 +51,8 @@ class Bottleneck(nn.Module):
 class PreactivationBottleneck(nn.Module):
     """BatchNorm and ReLU before each of 1x1, 3x3 (stride), 1x1; the shortcut takes the activated input (v2)."""
 
-    def __init__(self, inputs: int, width: int, stride: int, epsilon: float) -> None:
+    def __init__(self, inputs: int, width: int, outputs: int, stride: int, epsilon: float) -> None:
         super().__init__()
-        outputs = 4 * width
         self.bn1 = nn.BatchNorm2d(inputs, epsilon)
         self.conv1 = _convolution(inputs, width, 1)
         self.bn2 = nn.BatchNorm2d(width, epsilon)
@@ -98,12 +96,14 @@ class Trunk(nn.Module):
         stages = []
         inputs = 64
         unit_type = PreactivationBottleneck if preactivation else Bottleneck
-        for units, width, stride in zip(spec.units, spec.widths, spec.strides, strict=True):
+        for units, width, outputs, stride in zip(
+            spec.units, spec.widths, spec.stage_channels, spec.strides, strict=True
+        ):
             strided = units - 1 if spec.layout == "v1" else 0
             stage = []
             for unit in range(units):
-                stage.append(unit_type(inputs, width, stride if unit == strided else 1, spec.epsilon))
-                inputs = 4 * width
+                stage.append(unit_type(inputs, width, outputs, stride if unit == strided else 1, spec.epsilon))
+                inputs = outputs
             stages.append(nn.Sequential(*stage))
         self.stages = nn.Sequential(*stages)
         self.final_bn = nn.BatchNorm2d(inputs, spec.epsilon) if preactivation else None

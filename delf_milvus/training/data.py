@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from delf_milvus.errors import InputError
+from delf_milvus.ingestion.scan import scan
 from delf_milvus.training.landmark_csv import photos_by_landmark
 from delf_milvus.training.vision import datasets
 
@@ -63,6 +64,25 @@ def _photos_by_folder(root: Path) -> dict[str, list[Path]]:
     for path, label in folder.samples:
         found[folder.classes[label]].append(Path(path))
     return found
+
+
+def unlabelled_photos(roots: Sequence[Path], exclude: Iterable[str] = ()) -> list[Path]:
+    """Every photo of folders, at any depth, and of CSV files of Google Landmarks, in a stable order, without those in
+    folders, or of landmarks, that are named in `exclude`.
+
+    Raises InputError where there is none.
+    """
+    left_out = set(exclude)
+    paths: list[Path] = []
+    for root in roots:
+        if root.suffix.lower() == ".csv":
+            own = photos_by_landmark(root)
+            paths += [path for landmark, found in own.items() if landmark not in left_out for path in found]
+        else:
+            paths += [photo.path for photo in scan([root]).photos if not left_out & set(photo.path.parts)]
+    if not paths:
+        raise InputError(f"There are no photos in {', '.join(map(str, roots))}; give --data folders of photos.")
+    return paths
 
 
 def split(photos: LabelledPhotos, every: int) -> tuple[LabelledPhotos, LabelledPhotos]:

@@ -16,13 +16,12 @@ import torch
 
 from delf_milvus.errors import InputError, ModelError
 from delf_milvus.imaging.decode import decode
-from delf_milvus.ingestion.scan import scan
 from delf_milvus.model import weights
 from delf_milvus.model.extractor import Extractor
 from delf_milvus.model.spec import Selection
 from delf_milvus.settings import DecodeSettings, ExtractSettings
+from delf_milvus.training.data import unlabelled_photos
 from delf_milvus.training.experiment import Experiment
-from delf_milvus.training.landmark_csv import photos_by_landmark
 
 Say = Callable[[str], None]
 
@@ -59,10 +58,7 @@ def fit_reduction(config: ReductionConfig, say: Say = print) -> Path:
     if config.selection == "attention" and not spec.attention_channels:
         raise ModelError(f"{config.init} has no attention head; give --selection norm, or train attention first.")
     channels = spec.trunk.channels
-    excluded = set(config.exclude)
-    photos = [path for root in config.data for path in _photos(root, excluded)]
-    if not photos:
-        raise InputError("There are no photos to fit the reduction on; give --data a folder of photos.")
+    photos = unlabelled_photos(config.data, config.exclude)
     step = max(1, len(photos) / config.photos)
     photos = [photos[int(i * step)] for i in range(min(len(photos), config.photos))]
 
@@ -109,14 +105,6 @@ def fit_reduction(config: ReductionConfig, say: Say = print) -> Path:
     if not np.isfinite(weights.load(path).reduction.projection.numpy()).all():
         raise ModelError("The descriptors have too little variance to fit a reduction; give --data more photos.")
     return path
-
-
-def _photos(root: Path, excluded: set[str]) -> list[Path]:
-    """The photos of a folder, at any depth, or of a CSV file of Google Landmarks."""
-    if root.suffix.lower() == ".csv":
-        found = photos_by_landmark(root)
-        return [path for landmark, paths in found.items() if landmark not in excluded for path in paths]
-    return [photo.path for photo in scan([root]).photos if not excluded & set(photo.path.parts)]
 
 
 class _Moments:
