@@ -9,6 +9,7 @@ One model of dynamic shape serves photos of every size: a model for each size is
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,12 +44,19 @@ class OpenVinoNetwork:
     """A network converted for the CPU; safe to call from several threads, which wait for each other.
 
     Computes in `dtype` (fp32, bf16 or fp16; OpenVINO takes fp32 instead where the processor lacks it) with as many
-    threads as torch has. The given network is not changed.
+    threads as torch has. The given network is not changed. `rewrite` takes the converted model, pixels (N, H, W, 3) in
+    and `_Maps` out, and returns the one that is compiled: a quantised one, say.
 
     Raises UsageError when OpenVINO is not installed.
     """
 
-    def __init__(self, network: Delf, selection: Selection, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        network: Delf,
+        selection: Selection,
+        dtype: torch.dtype,
+        rewrite: Callable[[Any], Any] = lambda model: model,
+    ) -> None:
         try:
             import openvino
         except ImportError as error:
@@ -61,7 +69,7 @@ class OpenVinoNetwork:
         with torch.no_grad():
             model = openvino.convert_model(_Maps(network, selection).eval(), example_input=example)
         self._compiled: Any = openvino.Core().compile_model(
-            model,
+            rewrite(model),
             "CPU",
             {
                 # Said, for OpenVINO picks bf16 by itself on a CPU that has it.
