@@ -44,7 +44,7 @@ class DistillationConfig:
     units, widths, outputs, hidden: size of the small network, see `pruning.Shape`.
     epochs: in all; piecewise: those of them, at the start, in which the pieces learn by themselves.
     load: shortest side, in pixels, at which photos are kept; crop: side of the random crops.
-    learning_rate: highest; it rises and falls once in each phase.
+    learning_rate: highest of the pieces, whole_rate: of the whole network; each rises and falls once.
     """
 
     data: tuple[Path, ...]
@@ -61,6 +61,7 @@ class DistillationConfig:
     load: int = 300
     crop: int = 224
     learning_rate: float = 0.001
+    whole_rate: float = 0.00015
     weight_decay: float = 1e-4
     validate_every: int = 24
     seed: int = 0
@@ -135,6 +136,9 @@ def distill(config: DistillationConfig, say: Say = print) -> Path:
         say(f"resuming after epoch {first_epoch}")
     for epoch in range(first_epoch, config.epochs):
         started = time.monotonic()
+        if epoch == config.piecewise:
+            # Steps scaled by the small gradients of the pieces would throw the whole network far off.
+            optimizer.state.clear()
         loss = _epoch(config, teacher, small, optimizer, loader, epoch, say)
         likeness = _likeness(teacher, small, checks)
         seconds = time.monotonic() - started
@@ -168,11 +172,11 @@ def _epoch(
     """One pass over the photos, of the phase that `epoch` (from 0) belongs to; the mean loss."""
     by_pieces = epoch < config.piecewise
     first, last = (0, config.piecewise) if by_pieces else (config.piecewise, config.epochs)
-    losses = _piecewise_losses if by_pieces else _whole_losses
+    losses, highest = (_piecewise_losses, config.learning_rate) if by_pieces else (_whole_losses, config.whole_rate)
     total = 0.0
     for number, loss in enumerate(losses(teacher, small, loader)):
         done = (epoch - first + number / len(loader)) / (last - first)
-        rate = config.learning_rate * min(1.0, done * 20 + 0.05) * 0.5 * (1 + math.cos(math.pi * done))
+        rate = highest * min(1.0, done * 20 + 0.05) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
