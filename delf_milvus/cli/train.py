@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from delf_milvus.cli.state import state_of
-from delf_milvus.errors import InputError, UsageError
+from delf_milvus.errors import InputError, UsageError, one_line
+
+if TYPE_CHECKING:
+    from delf_milvus.evaluation.validation import RetrievalValidation
+
+T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, help="Train a model on photos with image-level labels.")
 
@@ -21,7 +28,19 @@ Data = Annotated[
 Exclude = Annotated[
     Path | None, typer.Option("--exclude", help="Text file: names of class folders to leave out, one a line.")
 ]
-Out = Annotated[Path, typer.Option("--out", help="Folder of the run: config, metrics, checkpoint and result.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the run: config, metrics, checkpoint, result, model card.")]
+Validate = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of folders, one a thing: retrieval in it is measured before the first and after each epoch."
+    ),
+]
+ValidateQueries = Annotated[int, typer.Option(min=1, help="Queries of --validate at most.")]
+KeepOption = Annotated[str, typer.Option("--keep", help="Weights to export: last, or best by --validate.")]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="auto, fp32, bf16 or fp16: arithmetic of the network; weights stay fp32.")
+]
+Seed = Annotated[int, typer.Option(min=0)]
 
 
 def _names(path: Path | None) -> tuple[str, ...]:
@@ -44,30 +63,86 @@ def _training_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name != "torchvision":
+        if error.name not in ("torchvision", "faiss"):
             raise
-        raise UsageError("Training needs torchvision: pip install 'delf-milvus[train]'.") from error
+        raise UsageError(f"Training needs {error.name}: pip install 'delf-milvus[train]'.") from error
 
 
 def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
+def _tell(path: Path) -> None:
+    """Print what was made, once for all processes that torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(path)
+
+
+def _choice(option: str, value: str, allowed: tuple[T, ...]) -> T:
+    """One of the values that an option takes; raises UsageError for another."""
+    for one in allowed:
+        if one == value:
+            return one
+    raise UsageError(f"{option} is {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}, not {one_line(value)}.")
+
+
+def _command(context: typer.Context) -> str:
+    """The call for the model card: options that differ from their default, files without the way to them."""
+    words = ["delf-milvus", "train", str(context.info_name)]
+    for option in context.command.params:
+        value = context.params.get(str(option.name))
+        if value is None or value == option.get_default(context) or option.name == "out":
+            continue
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            words += [option.opts[0]] if isinstance(one, bool) else [option.opts[0], _short(one)]
+    return shlex.join(words)
+
+
+def _short(value: object) -> str:
+    return value.resolve().name if isinstance(value, Path) else str(value)
+
+
+def _validation(context: typer.Context, folder: Path | None, queries: int) -> RetrievalValidation | None:
+    if folder is None:
+        return None
+    with _training_extra():
+        import faiss  # noqa: F401 - told before the photos are read
+
+        from delf_milvus.evaluation.validation import RetrievalValidation
+
+    return RetrievalValidation(folder, queries, state_of(context).load().settings)
+
+
 @app.command()
 def finetune(
+    context: typer.Context,
     data: Data,
     out: Out,
     init: Annotated[Path, typer.Option(help="Initial weights: .safetensors, or GluonCV resnet50_v2 as .npz.")],
     exclude: Exclude = None,
     epochs: Annotated[int, typer.Option(min=1)] = 8,
-    batch: Annotated[int, typer.Option(min=2)] = 32,
+    batch: Annotated[int, typer.Option(min=2, help="Photos of a step, of all processes together.")] = 32,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 0.001,
     keep_initial: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the initial weights kept.")] = 0.0,
-    seed: int = 0,
+    global_head: Annotated[
+        str, typer.Option(help="What classifies: softmax (DELF), or arcface on a whitened global descriptor (DELG).")
+    ] = "softmax",
+    global_dim: Annotated[int, typer.Option(min=2, help="With arcface: length of the global descriptor.")] = 128,
+    margin: Annotated[float, typer.Option(min=0.0, max=1.5, help="With arcface: margin in radians.")] = 0.1,
+    scale: Annotated[float, typer.Option(min=1.0, help="With arcface: first value of the learnt scale.")] = 45.25,
+    precision: PrecisionOption = "auto",
+    validate: Validate = None,
+    validate_queries: ValidateQueries = 100,
+    keep: KeepOption = "last",
+    seed: Seed = 0,
 ) -> None:
     """Stage one: fine-tune every layer of the trunk by classification.
 
+    On several GPUs: torchrun --nproc-per-node 4 -m delf_milvus train finetune ...
+
     Example: delf-milvus train finetune --data photos/ --init imagenet.npz --out runs/finetune
+
+    Example: delf-milvus train finetune --data photos/ --init imagenet.npz --validate places/ --keep best --out runs/f
     """
     with _training_extra():
         from delf_milvus.training.finetune import FinetuneConfig
@@ -83,21 +158,41 @@ def finetune(
         learning_rate=learning_rate,
         keep_initial=keep_initial,
         seed=seed,
+        head=_choice("--global-head", global_head, ("softmax", "arcface")),
+        global_dim=global_dim,
+        margin=margin,
+        scale=scale,
+        precision=_choice("--precision", precision, ("auto", "fp32", "bf16", "fp16")),
+        validate=validate,
+        validate_queries=validate_queries,
+        keep=_choice("--keep", keep, ("last", "best")),
     )
-    typer.echo(run(config, _say))
+    _tell(run(config, _say, validation=_validation(context, validate, validate_queries), command=_command(context)))
 
 
 @app.command()
 def attention(
+    context: typer.Context,
     data: Data,
     out: Out,
     init: Annotated[Path, typer.Option(help="Weight file of stage one (trunk.safetensors).")],
     exclude: Exclude = None,
     epochs: Annotated[int, typer.Option(min=1)] = 12,
-    batch: Annotated[int, typer.Option(min=2)] = 32,
+    batch: Annotated[int, typer.Option(min=2, help="Views of a step, of all processes together.")] = 32,
     views: Annotated[int, typer.Option(min=1, help="Rescaled copies of each photo.")] = 3,
+    longest: Annotated[int, typer.Option(min=64, max=4096, help="Longest side of a photo before rescaling.")] = 480,
+    crop: Annotated[
+        int,
+        typer.Option(min=0, max=2048, help="Side of random crops before rescaling, 720 in the paper; 0: all of it."),
+    ] = 0,
+    least_scale: Annotated[float, typer.Option(min=0.05, max=4.0, help="Random rescaling: least factor.")] = 0.4,
+    most_scale: Annotated[float, typer.Option(min=0.05, max=4.0, help="Largest factor, 1 in the paper.")] = 1.25,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 0.001,
-    seed: int = 0,
+    precision: PrecisionOption = "auto",
+    validate: Validate = None,
+    validate_queries: ValidateQueries = 100,
+    keep: KeepOption = "last",
+    seed: Seed = 0,
 ) -> None:
     """Stage two: train the attention head on the frozen trunk.
 
@@ -113,24 +208,39 @@ def attention(
         exclude=_names(exclude),
         epochs=epochs,
         batch=batch,
+        longest=longest,
+        crop=crop,
         views=views,
+        scales=(least_scale, most_scale),
         learning_rate=learning_rate,
         seed=seed,
+        precision=_choice("--precision", precision, ("auto", "fp32", "bf16", "fp16")),
+        validate=validate,
+        validate_queries=validate_queries,
+        keep=_choice("--keep", keep, ("last", "best")),
     )
-    typer.echo(train_attention(config, _say))
+    judge = _validation(context, validate, validate_queries)
+    _tell(train_attention(config, _say, validation=judge, command=_command(context)))
 
 
 @app.command()
 def reduction(
+    context: typer.Context,
     data: Data,
     out: Out,
     init: Annotated[Path, typer.Option(help="Weight file of stage two (or one, with --selection norm).")],
     exclude: Exclude = None,
     selection: Annotated[str, typer.Option(help="attention or norm.")] = "attention",
+    method: Annotated[str, typer.Option(help="pca (DELF), or autoencoder (DELG).")] = "pca",
     dim: Annotated[int, typer.Option(min=2, max=1024)] = 40,
     global_dim: Annotated[
         int, typer.Option(min=0, max=1024, help="Length of the global descriptor; 0: the model has none.")
     ] = 128,
+    keep_global: Annotated[
+        bool, typer.Option("--keep-global", help="Keep the global descriptor that --global-head arcface learnt.")
+    ] = False,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the autoencoder.")] = 20,
+    seed: Seed = 0,
 ) -> None:
     """Fit the reduction on selected descriptors and export the finished model.
 
@@ -138,18 +248,20 @@ def reduction(
     """
     from delf_milvus.training.reduction import ReductionConfig, fit_reduction
 
-    if selection not in ("attention", "norm"):
-        raise UsageError(f"--selection is attention or norm, not {selection}.")
     config = ReductionConfig(
         data=tuple(data),
         out=out,
         init=init,
         exclude=_names(exclude),
-        selection="norm" if selection == "norm" else "attention",
+        selection=_choice("--selection", selection, ("attention", "norm")),
+        method=_choice("--method", method, ("pca", "autoencoder")),
         dim=dim,
         global_dim=global_dim,
+        keep_global=keep_global,
+        epochs=epochs,
+        seed=seed,
     )
-    typer.echo(fit_reduction(config, _say))
+    _tell(fit_reduction(config, _say, command=_command(context)))
 
 
 @app.command()

@@ -2,6 +2,13 @@
 
 Photos are rescaled at random, their frozen feature maps are computed once and kept on disk, and the head learns to
 weight cells so that the weighted mean of the L2-normalised features classifies the photo.
+
+The paper cuts the middle square out of a photo, resizes it to 900 pixels, crops 720 at random and rescales the crop by
+a random factor of at most 1, anew at each step: `crop` 720 and `scales` up to 1, with as many `views` as there is disk
+for. The defaults differ: the whole photo, of a longest side of 480 pixels, rescaled by 0.4 to 1.25. They are meant for
+photos of some 500 pixels and for CPUs, where the trunk costs most by far and cannot be run for each step.
+
+Processes that `torchrun` starts compute the maps of their share of the photos each, and share each batch.
 """
 
 from __future__ import annotations
@@ -19,14 +26,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from delf_milvus.errors import UsageError
 from delf_milvus.features import file_digest
 from delf_milvus.model import weights
 from delf_milvus.model.delf import AttentionHead, Delf
 from delf_milvus.model.runtime import prepare, resolve_dtype
 from delf_milvus.model.spec import ModelSpec
 from delf_milvus.model.trunk import Trunk
-from delf_milvus.training.data import LabelledPhotos, labelled_photos, read_rgb, require_batch, split
-from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
+from delf_milvus.settings import Precision
+from delf_milvus.training.data import (
+    LabelledPhotos,
+    labelled_photos,
+    read_rgb,
+    require_batch,
+    require_readable,
+    split,
+)
+from delf_milvus.training.experiment import (
+    Experiment,
+    optimizer_tensors,
+    prefixed,
+    restore_optimizer,
+    silent,
+    told,
+)
+from delf_milvus.training.export import earlier, export, names, with_stage
+from delf_milvus.training.precision import Arithmetic
+from delf_milvus.training.processes import Processes, processes
+from delf_milvus.training.retrieval import Judged, Keep, Validation, require_apart
 
 Say = Callable[[str], None]
 
@@ -35,8 +62,11 @@ Say = Callable[[str], None]
 class AttentionConfig:
     """How to train attention.
 
-    init: weight file whose trunk is used. longest: pixels of a photo's longest side before rescaling.
+    init: weight file whose trunk is used. longest: pixels of a photo's longest side before rescaling. crop: pixels of
+    the side of random crops of the photo's middle square, resized to 5/4 of that; 0: the whole photo.
     views: randomly rescaled copies of each photo; scales: range of the rescaling, drawn uniformly in its logarithm.
+    batch: views of a step, of all processes together.
+    precision, validate, validate_queries, keep: as of `FinetuneConfig`.
     """
 
     data: tuple[Path, ...]
@@ -46,6 +76,7 @@ class AttentionConfig:
     epochs: int = 12
     batch: int = 32
     longest: int = 480
+    crop: int = 0
     views: int = 3
     scales: tuple[float, float] = (0.4, 1.25)
     hidden: int = 512
@@ -53,6 +84,10 @@ class AttentionConfig:
     weight_decay: float = 1e-4
     validate_every: int = 12
     seed: int = 0
+    precision: Precision = "auto"
+    validate: Path | None = None
+    validate_queries: int = 100
+    keep: Keep = "last"
 
 
 class AttentionPooling(nn.Module):
@@ -83,77 +118,158 @@ class AttentionPooling(nn.Module):
         return logits
 
 
-def train_attention(config: AttentionConfig, say: Say = print) -> Path:
+def train_attention(
+    config: AttentionConfig,
+    say: Say = print,
+    *,
+    validation: Validation | None = None,
+    command: str | None = None,
+) -> Path:
     """Train the head; returns a weight file with trunk and attention (no reduction yet).
 
-    Raises InputError for data that cannot be read or is too little, ModelError for a weight file that does not fit, and
-    UsageError for a checkpoint of another configuration.
-    """
-    torch.manual_seed(config.seed)
-    spec, tensors = weights.initial(config.init)
-    initial = weights.initial_trunk(config.init)
-    experiment = Experiment(config)
-    photos = labelled_photos(config.data, config.exclude)
-    training, validation = split(photos, config.validate_every)
-    require_batch(config.data, training, config.batch, config.views)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cache = _FeatureCache(config, training, config.views, config.out / "training.f16", initial, say)
-    checks = _FeatureCache(config, validation, 1, config.out / "validation.f16", initial, say)
+    validation, command: as of `finetune`. A global reduction of the initial file is kept: the trunk is the same.
 
-    epsilon = spec.trunk.epsilon
-    pooling = AttentionPooling(spec.trunk.channels, config.hidden, len(photos.classes), epsilon).to(device)
-    optimizer = torch.optim.AdamW(pooling.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    steps_an_epoch = len(cache) // config.batch
-    steps = config.epochs * steps_an_epoch
-    step = first_epoch = 0
-    if (saved := experiment.load_checkpoint()) is not None:
-        state, progress = saved
-        pooling.load_state_dict(unprefixed("pooling", state))
-        restore_optimizer(optimizer, state)
-        step, first_epoch = progress["step"], progress["epoch"]
-    for epoch in range(first_epoch, config.epochs):
-        pooling.train()
+    Raises InputError for data that cannot be read or is too little, ModelError for a weight file that does not fit, and
+    UsageError for a checkpoint of another configuration, or values that make no sense together.
+    """
+    with processes() as here:
+        return _Run(config, say if here.first else silent, validation, here).train(command)
+
+
+class _Run:
+    """One process's part of a run: everything is checked and computed when it is made, and trained by `train`."""
+
+    def __init__(self, config: AttentionConfig, say: Say, validation: Validation | None, here: Processes) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.say, self.here = config, say, here
+        self.share = here.share(config.batch)
+        if not 0 < config.scales[0] <= config.scales[1]:
+            raise UsageError(
+                "The least scale is above 0 and at most the largest; check --least-scale and --most-scale."
+            )
+        spec, tensors = weights.initial(config.init)
+        initial = weights.initial_trunk(config.init)
+        self.photos = labelled_photos(config.data, config.exclude)
+        training, checked = split(self.photos, config.validate_every)
+        require_batch(config.data, training, config.batch, config.views)
+        require_apart(validation, self.photos, config.keep)
+        require_readable(self.photos)
+        self.count, classes = len(training.paths), len(self.photos.classes)
+        self.arithmetic = Arithmetic(config.precision, here.device)
+        environment = {"device": here.device.type, "processes": here.count, "precision": str(self.arithmetic.dtype)}
+        self.experiment = Experiment(config, writes=here.first, environment=environment)
+        here.wait()
+        say(f"{self.count} photos to train on, {len(checked.paths)} to validate, {classes} classes")
+        self.cache = _FeatureCache(config, training, config.views, "training", initial, here, say)
+        self.checks = _FeatureCache(config, checked, 1, "validation", initial, here, say)
+        # The trunk stays, and so what reduces the global descriptors of its maps.
+        kept = ("trunk.", "global_reduction.")
+        self.tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
+        whole = spec.global_dim if "global_reduction.mean" in self.tensors else 0
+        self.spec = replace(spec, selection="attention", attention_channels=config.hidden, global_dim=whole)
+        pooling = AttentionPooling(spec.trunk.channels, config.hidden, classes, spec.trunk.epsilon).to(here.device)
+        pooling.head = here.synchronised(pooling.head)  # type: ignore[assignment] # the same but for its BatchNorm
+        self.pooling = pooling
+        self.optimizer = torch.optim.AdamW(pooling.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+        self.epoch, self.figures = 0, dict[str, float]()
+        saved = self.experiment.load_checkpoint()
+        if saved is not None:
+            state, progress = saved
+            self.experiment.restore({"pooling": pooling}, state)
+            restore_optimizer(self.optimizer, state)
+            self.arithmetic.restore(progress["arithmetic"])
+            self.epoch, self.figures = progress["epoch"], progress["figures"]
+            say(f"resuming after epoch {self.epoch}")
+        self.trained = here.trained(pooling)
+        self.judged = Judged(self.experiment, validation, resumed=saved is not None)
+
+    def train(self, command: str | None) -> Path:
+        """Train the epochs that are missing, and export."""
+        if self.epoch == 0 and (start := self.judged.judge(0, self.spec, self.exported)):
+            self.experiment.log(stage="attention", epoch=0, **start)
+            self.say(f"before training: {told(start)}")
+        while self.epoch < self.config.epochs:
+            self._train_epoch()
+            self.experiment.save_checkpoint(
+                prefixed("pooling", self.pooling.state_dict()) | optimizer_tensors(self.optimizer),
+                {"epoch": self.epoch, "figures": self.figures, "arithmetic": self.arithmetic.state()},
+            )
+            self.here.wait()
+        path = self.config.out / "attention.safetensors"
+        if self.here.first:
+            tensors, kept = self.judged.kept(self.config.keep, self.exported())
+            if kept:
+                self.say(f"kept: {told(kept['kept'])}")
+            record = self._record() | {"last epoch": self.figures} | kept
+            if command:
+                record["command"] = command
+            export(path, tensors, self.spec, with_stage(earlier(self.config.init), "attention", record))
+        self.here.wait()
+        return path
+
+    def exported(self) -> dict[str, Tensor]:
+        """The tensors to export."""
+        return self.tensors | prefixed("attention", self.pooling.head.state_dict())
+
+    def _train_epoch(self) -> None:
+        config, here = self.config, self.here
+        steps = len(self.cache) // config.batch
+        seen = steps * config.batch
+        shuffled = torch.randperm(len(self.cache), generator=torch.Generator().manual_seed(config.seed + self.epoch))
         started, total, right = time.monotonic(), 0.0, 0
-        shuffled = torch.randperm(len(cache), generator=torch.Generator().manual_seed(config.seed + epoch))
-        for start in range(0, steps_an_epoch * config.batch, config.batch):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            cells, photo, labels = cache.batch(shuffled[start : start + config.batch].tolist(), device)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                logits = pooling(cells, photo, len(labels))
+        self.pooling.train()
+        for step, start in enumerate(range(0, seen, config.batch), self.epoch * steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / (config.epochs * steps)))
+            mine = shuffled[start + here.rank : start + config.batch : here.count].tolist()
+            cells, photo, labels = self.cache.batch(mine, here.device, self.arithmetic.dtype)
+            with self.arithmetic.autocast():
+                logits = self.trained(cells, photo, len(labels))
             loss = nn.functional.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            step += 1
+            self.arithmetic.step(loss, self.optimizer)
             total += loss.item()
             right += int((logits.argmax(1) == labels).sum())
-        accuracy = _accuracy(pooling, checks, config.batch, device)
-        seen = steps_an_epoch * config.batch
-        experiment.log(
-            stage="attention",
-            epoch=epoch + 1,
-            loss=round(total / steps_an_epoch, 4),
-            training_accuracy=round(right / seen, 4),
-            validation_accuracy=round(accuracy, 4),
-            photos_per_second=round(seen / (time.monotonic() - started), 1),
-        )
-        say(f"epoch {epoch + 1}: loss {total / steps_an_epoch:.3f}, validation accuracy {accuracy:.3f}")
-        experiment.save_checkpoint(
-            prefixed("pooling", pooling.state_dict()) | optimizer_tensors(optimizer), {"step": step, "epoch": epoch + 1}
-        )
-    trunk = {name: tensor for name, tensor in tensors.items() if name.startswith("trunk.")}
-    path = config.out / "attention.safetensors"
-    final = replace(spec, selection="attention", attention_channels=config.hidden)
-    weights.save(path, trunk | prefixed("attention", pooling.head.state_dict()), final)
-    return path
+        loss_sum, answers = here.total([total / here.count, float(right)])
+        seconds = time.monotonic() - started
+        correct, asked = here.total(_correct(self.pooling, self.checks, self.share, self.arithmetic, here))
+        self.epoch += 1
+        self.figures = {
+            "loss": round(loss_sum / steps, 4),
+            "training_accuracy": round(answers / seen, 4),
+            "validation_accuracy": round(correct / max(1, asked), 4),
+            **self.judged.judge(self.epoch, self.spec, self.exported),
+        }
+        rate = round(seen / seconds, 1)
+        self.experiment.log(stage="attention", epoch=self.epoch, **self.figures, photos_per_second=rate)
+        self.say(f"epoch {self.epoch}: {told(self.figures)}, {seconds:.0f} s")
+
+    def _record(self) -> dict[str, Any]:
+        """What the model card says of this stage."""
+        config = self.config
+        shown = {"crop": config.crop} if config.crop else {"longest side": config.longest}
+        recipe = {
+            "epochs": config.epochs,
+            "batch": config.batch,
+            "learning rate": config.learning_rate,
+            "views": config.views,
+            "scales": list(config.scales),
+            **shown,
+        }
+        return {
+            "data": names(config.data),
+            "classes": len(self.photos.classes),
+            "photos": self.count,
+            "initial weights": config.init.name,
+            "recipe": recipe | self.arithmetic.recipe() | {"processes": self.here.count, "seed": config.seed},
+        }
 
 
 class _FeatureCache:
-    """Frozen feature maps of rescaled photos, fp16, in one flat file beside the JSON list of its contents.
+    """Frozen feature maps of rescaled photos, fp16, in one flat file a process beside the JSON list of its contents.
 
-    The list names what the maps were made from, and maps of anything else are computed again. It is removed first and
-    written last, so that a killed run leaves no list of a file that is not whole.
+    Item `view * photos + photo` lies in the file of the process that computed it, that of its photo's number modulo the
+    processes. The list names what the maps were made from, and maps of anything else are computed again. It is removed
+    first and written last, so that a killed run leaves no list of a file that is not whole.
     """
 
     def __init__(
@@ -161,62 +277,106 @@ class _FeatureCache:
         config: AttentionConfig,
         photos: LabelledPhotos,
         views: int,
-        path: Path,
+        name: str,
         initial: Trunk,
+        here: Processes,
         say: Say,
     ) -> None:
         self._channels = initial.spec.channels
+        self._labels = photos.labels
+        self._views = views
+
+        def part(rank: int) -> Path:
+            return config.out / (f"{name}.f16" if here.count == 1 else f"{name}.{rank}.f16")
+
+        sources = _sources(config, photos, views, here.count)
+        path = part(here.rank)
         contents = path.with_suffix(".json")
-        sources = _sources(config, photos, views)
-        values = _contents(contents)
-        if values.get("sources") != sources or not path.is_file():
+        if _contents(contents).get("sources") != sources or not path.is_file():
             contents.unlink(missing_ok=True)
             network = Delf(ModelSpec(trunk=initial.spec, selection="norm", attention_channels=0))
             network.trunk = initial
-            starts, labels = self._compute(config, photos, views, path, network, say)
-            values = {"sources": sources, "starts": starts, "labels": labels}
-            contents.write_text(json.dumps(values))
-        self._starts: list[int] = values["starts"]
-        self._labels: list[int] = values["labels"]
-        self._cells = np.memmap(path, np.float16, "r", shape=(self._starts[-1], self._channels))
+            own = range(here.rank, len(photos.paths), here.count)
+            starts = self._compute(config, photos, own, path, network, here, say)
+            contents.write_text(json.dumps({"sources": sources, "starts": starts}))
+        here.wait()
+        self._parts: list[tuple[list[int], np.memmap[Any, np.dtype[np.float16]] | None]] = []
+        for rank in range(here.count):
+            starts = _contents(part(rank).with_suffix(".json"))["starts"]
+            shape = (starts[-1], self._channels)
+            self._parts.append((starts, np.memmap(part(rank), np.float16, "r", shape=shape) if starts[-1] else None))
 
     @torch.inference_mode()
     def _compute(
-        self, config: AttentionConfig, photos: LabelledPhotos, views: int, path: Path, network: Delf, say: Say
-    ) -> tuple[list[int], list[int]]:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        trunk = prepare(network, device, resolve_dtype("auto", device)).trunk
-        starts, labels = [0], []
-        generator = np.random.default_rng(config.seed)
-        low, high = np.log(config.scales)
+        self,
+        config: AttentionConfig,
+        photos: LabelledPhotos,
+        own: range,
+        path: Path,
+        network: Delf,
+        here: Processes,
+        say: Say,
+    ) -> list[int]:
+        trunk = prepare(network, here.device, resolve_dtype("auto", here.device)).trunk
+        starts = [0]
         with path.open("wb") as stream:
-            for view in range(views):
-                for photo, label in zip(photos.paths, photos.labels, strict=True):
-                    scale = float(np.exp(generator.uniform(low, high)))
-                    pixels = read_rgb(photo, longest=config.longest)[None].float().to(device)
-                    size = [max(trunk.spec.stride, round(side * scale)) for side in pixels.shape[2:]]
-                    pixels = nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
-                    _, features = trunk(pixels.contiguous(memory_format=torch.channels_last))
+            for view in range(self._views):
+                for number in own:
+                    random = np.random.default_rng([config.seed, view, number])
+                    pixels = _view(photos.paths[number], config, trunk.spec.stride, random)
+                    pixels = pixels.to(here.device).contiguous(memory_format=torch.channels_last)
+                    _, features = trunk(pixels)
                     cells = features[0].permute(1, 2, 0).reshape(-1, self._channels).half().cpu().numpy()
                     cells.tofile(stream)
                     starts.append(starts[-1] + len(cells))
-                    labels.append(label)
-                say(f"{path.name}: view {view + 1} of {views} computed")
-        return starts, labels
+                say(f"{path.name}: view {view + 1} of {self._views} computed")
+        return starts
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return self._views * len(self._labels)
 
-    def batch(self, items: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Cells of the items (R, C), bf16; the item that each cell belongs to (R,); labels (items,)."""
-        maps = [torch.from_numpy(self._cells[self._starts[i] : self._starts[i + 1]].copy()) for i in items]
+    def batch(self, items: list[int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Cells of the items (R, C); the item that each cell belongs to (R,); labels (items,)."""
+        maps = [self._map(item) for item in items]
         lengths = torch.tensor([len(m) for m in maps])
         photo = torch.repeat_interleave(torch.arange(len(items)), lengths)
-        labels = torch.tensor([self._labels[i] for i in items])
-        return torch.cat(maps).to(device).bfloat16(), photo.to(device), labels.to(device)
+        labels = torch.tensor([self._labels[item % len(self._labels)] for item in items])
+        return torch.cat(maps).to(device).to(dtype), photo.to(device), labels.to(device)
+
+    def _map(self, item: int) -> Tensor:
+        view, number = divmod(item, len(self._labels))
+        rank, row = number % len(self._parts), number // len(self._parts)
+        starts, cells = self._parts[rank]
+        assert cells is not None, "a part with items has cells"
+        row += view * len(range(rank, len(self._labels), len(self._parts)))
+        return torch.from_numpy(cells[starts[row] : starts[row + 1]].copy())
 
 
-def _sources(config: AttentionConfig, photos: LabelledPhotos, views: int) -> dict[str, Any]:
+def _view(path: Path, config: AttentionConfig, least: int, random: np.random.Generator) -> Tensor:
+    """A photo as it is shown to the trunk, (1, 3, H, W) fp32: cropped where `crop` says so, and rescaled at random.
+
+    least: pixels that a side has at least.
+    """
+    low, high = np.log(config.scales)
+    scale = float(np.exp(random.uniform(low, high)))
+    if config.crop:
+        middle = round(config.crop * 5 / 4)
+        pixels = read_rgb(path, shortest=middle)[None].float()
+        height, width = pixels.shape[2:]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels = pixels[:, :, top : top + side, left : left + side]
+        if side != middle:
+            pixels = nn.functional.interpolate(pixels, [middle, middle], mode="bilinear", antialias=True)
+        top, left = random.integers(0, middle - config.crop + 1, 2).tolist()
+        pixels = pixels[:, :, top : top + config.crop, left : left + config.crop]
+    else:
+        pixels = read_rgb(path, longest=config.longest)[None].float()
+    size = [max(least, round(side * scale)) for side in pixels.shape[2:]]
+    return nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+
+
+def _sources(config: AttentionConfig, photos: LabelledPhotos, views: int, parts: int) -> dict[str, Any]:
     """What feature maps are made from, as JSON values: another value of any means other maps."""
     digest = hashlib.sha256()
     for path, label in zip(photos.paths, photos.labels, strict=True):
@@ -228,7 +388,9 @@ def _sources(config: AttentionConfig, photos: LabelledPhotos, views: int) -> dic
         "views": views,
         "scales": list(config.scales),
         "longest": config.longest,
+        "crop": config.crop,
         "seed": config.seed,
+        "parts": parts,
     }
 
 
@@ -242,11 +404,15 @@ def _contents(path: Path) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _accuracy(pooling: AttentionPooling, cache: _FeatureCache, batch: int, device: torch.device) -> float:
+def _correct(
+    pooling: AttentionPooling, cache: _FeatureCache, batch: int, arithmetic: Arithmetic, here: Processes
+) -> tuple[float, float]:
+    """Right answers to this process's share of the views, and their number."""
     pooling.eval()
+    own = range(here.rank, len(cache), here.count)
     right = 0
-    for start in range(0, len(cache), batch):
-        cells, photo, labels = cache.batch(list(range(start, min(start + batch, len(cache)))), device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+    for start in range(0, len(own), batch):
+        cells, photo, labels = cache.batch(list(own[start : start + batch]), arithmetic.device, arithmetic.dtype)
+        with arithmetic.autocast():
             right += int((pooling(cells, photo, len(labels)).argmax(1) == labels).sum())
-    return right / max(1, len(cache))
+    return float(right), float(len(own))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from delf_milvus.errors import InputError
+from delf_milvus.errors import InputError, one_line
 from delf_milvus.ingestion.scan import scan
 from delf_milvus.training.landmark_csv import photos_by_landmark
 from delf_milvus.training.vision import datasets
@@ -106,6 +106,13 @@ def require_batch(roots: Sequence[Path], photos: LabelledPhotos, batch: int, vie
         )
 
 
+def require_readable(photos: LabelledPhotos) -> None:
+    """Raise InputError for a file whose first bytes are no photo's: before hours of work rather than during them."""
+    for path in photos.paths:
+        if not cv2.haveImageReader(str(path)):
+            raise InputError(f"{one_line(path)} is not a readable photo; remove it, or --exclude its folder.")
+
+
 def read_rgb(path: Path, longest: int | None = None, shortest: int | None = None) -> Tensor:
     """A photo as uint8 (3, H, W), shrunk so that its longest or shortest side is at most so many pixels.
 
@@ -113,7 +120,7 @@ def read_rgb(path: Path, longest: int | None = None, shortest: int | None = None
     """
     bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if bgr is None:
-        raise InputError(f"{path} is not a readable photo.")
+        raise InputError(f"{one_line(path)} is not a readable photo.")
     height, width = bgr.shape[:2]
     factor = 1.0
     if longest is not None:
@@ -128,17 +135,39 @@ def read_rgb(path: Path, longest: int | None = None, shortest: int | None = None
 
 
 class PhotoDataset(Dataset[tuple[Tensor, int]]):
-    """Photos with the shortest side at most `shortest` pixels, each drawn through `transform`."""
+    """Photos with the shortest side at most `shortest` pixels, each drawn through `transform`.
 
-    def __init__(self, photos: LabelledPhotos, shortest: int, transform: Callable[[Tensor], Tensor]) -> None:
+    What is drawn of a photo depends on `seed`, the epoch (`set_epoch`) and the photo alone: not on the number of
+    processes, nor on whether the run was resumed. most: photos that are kept in memory.
+    """
+
+    def __init__(
+        self,
+        photos: LabelledPhotos,
+        shortest: int,
+        transform: Callable[[Tensor], Tensor],
+        *,
+        seed: int = 0,
+        most: int | None = None,
+    ) -> None:
         self.paths, self.labels, self.shortest = photos.paths, photos.labels, shortest
-        few = len(self.paths) <= MOST_IN_MEMORY
+        few = len(self.paths) <= (MOST_IN_MEMORY if most is None else most)
         self.images = [read_rgb(path, shortest=shortest) for path in self.paths] if few else []
         self.transform = transform
+        self._seed = seed
+        # Shared, so that a worker that lives on sees another epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew, in workers too."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = self.images[index] if self.images else read_rgb(self.paths[index], shortest=self.shortest)
-        return self.transform(image), self.labels[index]
+        drawn = np.random.SeedSequence([self._seed, int(self._epoch), index]).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(drawn[0]))
+            return self.transform(image), self.labels[index]

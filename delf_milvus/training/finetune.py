@@ -1,10 +1,15 @@
 """Stage one: fine-tune every layer of the trunk by classification with image-level labels (paper, section 4.2).
 
-The classifier reads the spatial mean of the map that descriptors are taken from. BatchNorm keeps ImageNet's running
-statistics and trains its scale and shift: a batch of a few dozen photos estimates statistics badly, and descriptors
-are compared between photos that were never in one batch. The exported trunk is an exponential moving average of the
-weights, mixed with the initial ones in the proportion `keep_initial` (Wortsman et al., "Robust fine-tuning of
-zero-shot models", CVPR 2022): what the small set teaches is added to what ImageNet taught.
+The classifier reads the spatial mean of the map that descriptors are taken from, or, with `head` "arcface", a whitened
+global descriptor of it (`heads`). BatchNorm keeps ImageNet's running statistics and trains its scale and shift: a batch
+of a few dozen photos estimates statistics badly, and descriptors are compared between photos that were never in one
+batch. The exported trunk is an exponential moving average of the weights, mixed with the initial ones in the proportion
+`keep_initial` (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022): what the small set teaches is
+added to what ImageNet taught.
+
+Processes that `torchrun` starts share each batch (`processes`). The photos of a batch and what is drawn of them do not
+depend on their number. What does: the mean and deviation that the softmax head standardises by are those of a process's
+share on CPUs, and of the whole batch on GPUs; the ArcFace head has none.
 """
 
 from __future__ import annotations
@@ -12,22 +17,47 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
+from delf_milvus.errors import UsageError
 from delf_milvus.model import weights
 from delf_milvus.model.spec import ModelSpec
 from delf_milvus.model.trunk import Trunk
-from delf_milvus.training.data import LabelledPhotos, PhotoDataset, labelled_photos, require_batch, split
-from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
+from delf_milvus.settings import Precision
+from delf_milvus.training import data
+from delf_milvus.training.data import (
+    LabelledPhotos,
+    PhotoDataset,
+    labelled_photos,
+    require_batch,
+    require_readable,
+    split,
+)
+from delf_milvus.training.experiment import (
+    Experiment,
+    optimizer_tensors,
+    prefixed,
+    restore_optimizer,
+    silent,
+    told,
+    unprefixed,
+)
+from delf_milvus.training.export import earlier, export, names, with_stage
+from delf_milvus.training.heads import ArcFaceHead, SoftmaxHead
+from delf_milvus.training.precision import Arithmetic
+from delf_milvus.training.processes import Processes, processes
+from delf_milvus.training.retrieval import Judged, Keep, Validation, require_apart
 from delf_milvus.training.vision import transforms
 
 Say = Callable[[str], None]
+Head = Literal["softmax", "arcface"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +65,18 @@ class FinetuneConfig:
     """How to fine-tune.
 
     data: folders of class folders; exclude: class folders that are left out; init: initial weights.
+    batch: photos of a step, of all processes together.
     load: shortest side, in pixels, at which photos are kept; crop: side of the random crops.
     learning_rate: of the trunk; head_learning_rate: of the new classifier. Cosine decay after one tenth of an epoch of
         warm-up.
+    label_smoothing: of the softmax head.
     clip: largest norm of the trunk's gradient.
     keep_initial: share of the initial weights in the exported trunk, 0 to 1.
+    head: "softmax", or "arcface" with the length of its global descriptor, its margin in radians, and the first value
+        of its scale.
+    precision: arithmetic of the network.
+    validate, validate_queries: photos and queries of the validation by retrieval, where there is one; keep: the weights
+        that are exported, those of the last epoch or those that it found best.
     """
 
     data: tuple[Path, ...]
@@ -59,24 +96,29 @@ class FinetuneConfig:
     keep_initial: float = 0.0
     validate_every: int = 12
     seed: int = 0
+    head: Head = "softmax"
+    global_dim: int = 128
+    margin: float = 0.1
+    scale: float = 45.25
+    precision: Precision = "auto"
+    validate: Path | None = None
+    validate_queries: int = 100
+    keep: Keep = "last"
 
 
 class Classifier(nn.Module):
-    """A trunk and a linear layer on the standardised spatial mean of its features; logits (N, classes).
+    """A trunk and a head on its features; returns logits and those of the loss, (N, classes) each."""
 
-    The means of a ReLU map are small and unlike in size from channel to channel: without standardising them
-    the layer would need a learning rate of its own for each.
-    """
-
-    def __init__(self, trunk: Trunk, classes: int) -> None:
+    def __init__(self, trunk: Trunk, head: SoftmaxHead | ArcFaceHead) -> None:
         super().__init__()
         self.trunk = trunk
-        self.standardise = nn.BatchNorm1d(trunk.spec.channels, affine=False)
-        self.linear = nn.Linear(trunk.spec.channels, classes)
+        self.head = head
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _, features = self.trunk(pixels)
-        logits: Tensor = self.linear(self.standardise(features.float().mean(dim=(2, 3))))
+        # In bf16 a cosine has three digits, which the head's scale would enlarge.
+        with torch.autocast(pixels.device.type, enabled=False):
+            logits: tuple[Tensor, Tensor] = self.head(features.float(), labels)
         return logits
 
     def train(self, mode: bool = True) -> Classifier:
@@ -90,72 +132,194 @@ class Classifier(nn.Module):
 Batches = DataLoader[tuple[Tensor, int]]
 
 
-def finetune(config: FinetuneConfig, say: Say = print) -> Path:
+def finetune(
+    config: FinetuneConfig,
+    say: Say = print,
+    *,
+    validation: Validation | None = None,
+    command: str | None = None,
+) -> Path:
     """Fine-tune, resuming from the checkpoint in `config.out` where there is one; returns the trunk's weight file.
 
-    Raises InputError for data that cannot be read or is too little, ModelError for initial weights that do not fit, and
-    UsageError for a checkpoint of another configuration.
-    """
-    torch.manual_seed(config.seed)
-    initial = weights.initial_trunk(config.init)
-    experiment = Experiment(config)
-    photos = labelled_photos(config.data, config.exclude)
-    shuffled = torch.Generator().manual_seed(config.seed)
-    loader, checks = _loaders(config, photos, shuffled, say)
-    before = {name: value.clone() for name, value in initial.state_dict().items()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = Classifier(initial, len(photos.classes)).to(device)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-    optimizer = _optimizer(config, network)
-    schedule = _Schedule(optimizer, config.epochs * len(loader), max(1, len(loader) // 10))
-    first_epoch = 0
-    if (saved := experiment.load_checkpoint()) is not None:
-        tensors, progress = saved
-        network.load_state_dict(unprefixed("network", tensors))
-        average.load_state_dict(unprefixed("average", tensors))
-        restore_optimizer(optimizer, tensors)
-        schedule.step, first_epoch = progress["step"], progress["epoch"]
-        shuffled.manual_seed(config.seed + first_epoch)
-        say(f"resuming after epoch {first_epoch}")
+    validation: judges the weights before the first epoch and after each. command: for the model card.
 
-    for epoch in range(first_epoch, config.epochs):
+    With the ArcFace head the file has the learnt whitening as its `global_reduction`, unless `keep_initial` made
+    another trunk than it was learnt with.
+
+    Raises InputError for data that cannot be read or is too little, ModelError for initial weights that do not fit, and
+    UsageError for a checkpoint of another configuration, or values that make no sense together.
+    """
+    with processes() as here:
+        return _Run(config, say if here.first else silent, validation, here).train(command)
+
+
+class _Run:
+    """One process's part of a run: everything is checked and loaded when it is made, and trained by `train`."""
+
+    def __init__(self, config: FinetuneConfig, say: Say, validation: Validation | None, here: Processes) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.say, self.here = config, say, here
+        share = here.share(config.batch)
+        initial = weights.initial_trunk(config.init)
+        channels = initial.spec.channels
+        if config.head == "arcface" and config.global_dim > channels:
+            raise UsageError(f"{config.init} has {channels} channels; give --global-dim {channels} or less.")
+        self.photos = labelled_photos(config.data, config.exclude)
+        training, checked = split(self.photos, config.validate_every)
+        require_batch(config.data, training, config.batch)
+        require_apart(validation, self.photos, config.keep)
+        require_readable(self.photos)
+        self.count, classes = len(training.paths), len(self.photos.classes)
+        self.arithmetic = Arithmetic(config.precision, here.device)
+        environment = {"device": here.device.type, "processes": here.count, "precision": str(self.arithmetic.dtype)}
+        self.experiment = Experiment(config, writes=here.first, environment=environment)
+        here.wait()
+        say(f"{self.count} photos to train on, {len(checked.paths)} to validate, {classes} classes")
+        self.loader, self.checks = _loaders(config, training, checked, share, here)
+        self.before = {name: value.clone() for name, value in initial.state_dict().items()}
+        self.spec = ModelSpec(trunk=initial.spec, selection="norm", attention_channels=0)
+        head: SoftmaxHead | ArcFaceHead = SoftmaxHead(channels, classes)
+        if config.head == "arcface":
+            head = ArcFaceHead(channels, classes, config.global_dim, config.margin, config.scale)
+        self.network = Classifier(initial, head).to(here.device)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
+        self.network.head = here.synchronised(self.network.head)  # type: ignore[assignment] # but for its BatchNorm
+        ema = get_ema_multi_avg_fn(config.ema_decay)
+        self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
+        self.optimizer = _optimizer(config, self.network)
+        self.schedule = _Schedule(self.optimizer, config.epochs * len(self.loader), max(1, len(self.loader) // 10))
+        self.epoch, self.figures = 0, dict[str, float]()
+        saved = self.experiment.load_checkpoint()
+        if saved is not None:
+            self._resume(*saved)
+        self.trained = here.trained(self.network)
+        self.judged = Judged(self.experiment, validation, resumed=saved is not None)
+
+    def _resume(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        self.experiment.restore({"network": self.network, "average": self.average}, tensors)
+        restore_optimizer(self.optimizer, tensors)
+        self.arithmetic.restore(progress["arithmetic"])
+        self.schedule.step, self.epoch, self.figures = progress["step"], progress["epoch"], progress["figures"]
+        self.say(f"resuming after epoch {self.epoch}")
+
+    def train(self, command: str | None) -> Path:
+        """Train the epochs that are missing, and export."""
+        if self.epoch == 0 and (start := self.judged.judge(0, self.spec, self.exported)):
+            self.experiment.log(stage="finetune", epoch=0, **start)
+            self.say(f"before training: {told(start)}")
+        while self.epoch < self.config.epochs:
+            self._train_epoch()
+            self.experiment.save_checkpoint(
+                prefixed("network", self.network.state_dict())
+                | prefixed("average", self.average.state_dict())
+                | optimizer_tensors(self.optimizer),
+                {
+                    "step": self.schedule.step,
+                    "epoch": self.epoch,
+                    "figures": self.figures,
+                    "arithmetic": self.arithmetic.state(),
+                },
+            )
+            self.here.wait()
+        path = self.config.out / "trunk.safetensors"
+        if self.here.first:
+            tensors, kept = self.judged.kept(self.config.keep, self.exported())
+            if kept:
+                self.say(f"kept: {told(kept['kept'])}")
+            spec = self.spec
+            if "global_reduction.mean" in tensors:
+                spec = replace(spec, global_dim=self.config.global_dim)
+            record = self._record() | {"last epoch": self.figures} | kept
+            if command:
+                record["command"] = command
+            export(path, tensors, spec, with_stage(earlier(self.config.init), "finetune", record))
+        self.here.wait()
+        return path
+
+    def exported(self) -> dict[str, Tensor]:
+        """The tensors to export: the average, mixed with the initial weights."""
+        after = unprefixed("module.trunk", self.average.state_dict())
+        share = self.config.keep_initial
+        mixed = {
+            name: torch.lerp(value.cpu(), self.before[name], share) if value.is_floating_point() else value
+            for name, value in after.items()
+        }
+        whole = prefixed("trunk", mixed)
+        # A whitening fits the trunk that it was learnt with, and no mixture.
+        if isinstance(head := self.average.module.head, ArcFaceHead) and not share:
+            mean, projection = head.reduction()
+            whole |= {"global_reduction.mean": mean.cpu(), "global_reduction.projection": projection.cpu()}
+        return whole
+
+    def _train_epoch(self) -> None:
+        here, steps = self.here, len(self.loader)
         started = time.monotonic()
-        loss, right = _train_epoch(config, network, average, optimizer, schedule, loader, say)
+        total, right = self._pass()
+        loss, answers = here.total([total / steps / here.count, float(right)])
         seconds = time.monotonic() - started
-        accuracy = _accuracy(average.module, checks, device)
-        experiment.log(
-            stage="finetune",
-            epoch=epoch + 1,
-            loss=round(loss, 4),
-            training_accuracy=round(right, 4),
-            validation_accuracy=round(accuracy, 4),
-            photos_per_second=round(len(loader) * config.batch / seconds, 1),
-        )
-        say(f"epoch {epoch + 1}: loss {loss:.3f}, validation accuracy {accuracy:.3f}, {seconds:.0f} s")
-        experiment.save_checkpoint(
-            prefixed("network", network.state_dict())
-            | prefixed("average", average.state_dict())
-            | optimizer_tensors(optimizer),
-            {"step": schedule.step, "epoch": epoch + 1},
-        )
-    after = unprefixed("module.trunk", average.state_dict())
-    mixed = {
-        name: torch.lerp(value.cpu(), before[name], config.keep_initial) if value.is_floating_point() else value
-        for name, value in after.items()
-    }
-    path = config.out / "trunk.safetensors"
-    weights.save(path, prefixed("trunk", mixed), ModelSpec(trunk=initial.spec, selection="norm", attention_channels=0))
-    return path
+        correct, asked = here.total(_correct(self.average.module, self.checks, self.arithmetic))
+        seen = steps * self.config.batch
+        self.epoch += 1
+        self.figures = {
+            "loss": round(loss, 4),
+            "training_accuracy": round(answers / seen, 4),
+            "validation_accuracy": round(correct / max(1, asked), 4),
+            **self.judged.judge(self.epoch, self.spec, self.exported),
+        }
+        rate = round(seen / seconds, 1)
+        self.experiment.log(stage="finetune", epoch=self.epoch, **self.figures, photos_per_second=rate)
+        self.say(f"epoch {self.epoch}: {told(self.figures)}, {seconds:.0f} s")
+
+    def _pass(self) -> tuple[float, int]:
+        """Sum of the steps' losses and right answers of one pass over this process's photos."""
+        self.network.train()
+        self.loader.sampler.set_epoch(self.epoch)  # type: ignore[attr-defined] # a DistributedSampler
+        self.loader.dataset.set_epoch(self.epoch)  # type: ignore[attr-defined] # a PhotoDataset
+        smoothing = self.config.label_smoothing if self.config.head == "softmax" else 0.0
+        criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        clipped = list(self.network.trunk.parameters())
+        total, right = 0.0, 0
+        for pixels, labels in self.loader:
+            self.schedule.advance()
+            pixels = pixels.to(self.here.device, memory_format=torch.channels_last).float()
+            labels = labels.to(self.here.device)
+            with self.arithmetic.autocast():
+                logits, penalised = self.trained(pixels, labels)
+            loss = criterion(penalised.float(), labels)
+            self.arithmetic.step(loss, self.optimizer, clipped, self.config.clip)
+            self.average.update_parameters(self.network)
+            total += loss.item()
+            right += int((logits.argmax(1) == labels).sum())
+            if self.schedule.step % 20 == 0:
+                self.say(f"step {self.schedule.step}/{self.schedule.steps} loss {loss.item():.3f}")
+        return total, right
+
+    def _record(self) -> dict[str, Any]:
+        """What the model card says of this stage."""
+        config = self.config
+        recipe: dict[str, Any] = {
+            "epochs": config.epochs,
+            "batch": config.batch,
+            "learning rate": config.learning_rate,
+            "crop": config.crop,
+            "keep initial": config.keep_initial,
+            "head": config.head,
+        }
+        if config.head == "arcface":
+            recipe |= {"dim": config.global_dim, "margin": config.margin}
+        return {
+            "data": names(config.data),
+            "classes": len(self.photos.classes),
+            "photos": self.count,
+            "initial weights": config.init.name,
+            "recipe": recipe | self.arithmetic.recipe() | {"processes": self.here.count, "seed": config.seed},
+        }
 
 
 def _loaders(
-    config: FinetuneConfig, photos: LabelledPhotos, shuffled: torch.Generator, say: Say
+    config: FinetuneConfig, training: LabelledPhotos, checked: LabelledPhotos, share: int, here: Processes
 ) -> tuple[Batches, Batches]:
-    """Batches of random crops to train on, and of central crops to validate with."""
-    training, validation = split(photos, config.validate_every)
-    require_batch(config.data, training, config.batch)
-    say(f"{len(training.paths)} photos to train on, {len(validation.paths)} to validate, {len(photos.classes)} classes")
+    """This process's batches of random crops to train on, and of central crops to validate with."""
     augment = transforms.Compose(
         [
             transforms.RandomResizedCrop(config.crop, scale=(0.3, 1.0), antialias=True),
@@ -163,16 +327,19 @@ def _loaders(
         ]
     )
     centre = transforms.Compose([transforms.Resize(config.load, antialias=True), transforms.CenterCrop(config.crop)])
+    most = data.MOST_IN_MEMORY // here.count
+    drawn = PhotoDataset(training, config.load, augment, seed=config.seed, most=most)
     loader = DataLoader(
-        PhotoDataset(training, config.load, augment),
-        config.batch,
-        shuffle=True,
-        generator=shuffled,
+        drawn,
+        share,
+        # With one process too: its order of an epoch is the same for any number of them.
+        sampler=DistributedSampler(drawn, here.count, here.rank, seed=config.seed, drop_last=True),
         drop_last=True,
         num_workers=1,
         persistent_workers=True,
     )
-    return loader, DataLoader(PhotoDataset(validation, config.load, centre), config.batch)
+    mine = Subset(PhotoDataset(checked, config.load, centre), range(here.rank, len(checked.paths), here.count))
+    return loader, DataLoader(mine, share)
 
 
 def _optimizer(config: FinetuneConfig, network: Classifier) -> torch.optim.Optimizer:
@@ -182,7 +349,7 @@ def _optimizer(config: FinetuneConfig, network: Classifier) -> torch.optim.Optim
         [
             {"params": decayed, "lr": config.learning_rate, "weight_decay": config.weight_decay},
             {"params": undecayed, "lr": config.learning_rate, "weight_decay": 0.0},
-            {"params": network.linear.parameters(), "lr": config.head_learning_rate},
+            {"params": network.head.parameters(), "lr": config.head_learning_rate},
         ],
         momentum=0.9,
         nesterov=True,
@@ -206,47 +373,15 @@ class _Schedule:
         self.step += 1
 
 
-def _train_epoch(
-    config: FinetuneConfig,
-    network: Classifier,
-    average: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-    schedule: _Schedule,
-    loader: Batches,
-    say: Say,
-) -> tuple[float, float]:
-    """Mean loss and accuracy of one pass over the photos."""
-    network.train()
-    device = network.linear.weight.device
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    total, right = 0.0, 0
-    for pixels, labels in loader:
-        schedule.advance()
-        pixels = pixels.to(device, memory_format=torch.channels_last).float()
-        labels = labels.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            logits = network(pixels)
-        loss = criterion(logits.float(), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.trunk.parameters(), config.clip)
-        optimizer.step()
-        average.update_parameters(network)
-        total += loss.item()
-        right += int((logits.argmax(1) == labels).sum())
-        if schedule.step % 20 == 0:
-            say(f"step {schedule.step}/{schedule.steps} loss {loss.item():.3f}")
-    return total / len(loader), right / (len(loader) * config.batch)
-
-
 @torch.inference_mode()
-def _accuracy(network: nn.Module, loader: Batches, device: torch.device) -> float:
+def _correct(network: nn.Module, loader: Batches, arithmetic: Arithmetic) -> tuple[float, float]:
+    """Right answers, and photos asked."""
     network.eval()
     right = seen = 0
     for pixels, labels in loader:
-        pixels = pixels.to(device, memory_format=torch.channels_last).float()
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            logits = network(pixels)
+        pixels = pixels.to(arithmetic.device, memory_format=torch.channels_last).float()
+        with arithmetic.autocast():
+            logits, _ = network(pixels)
         right += int((logits.argmax(1).cpu() == labels).sum())
         seen += len(labels)
-    return right / max(1, seen)
+    return float(right), float(seen)

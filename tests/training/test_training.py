@@ -330,8 +330,10 @@ def test_global_descriptors_are_whitened(attended: Path, data: Path, tmp_path: P
 
 
 def test_too_few_photos_for_global_descriptors_are_one_sentence(attended: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--global-dim"):
-        fit_reduction(ReductionConfig(data=(data,), out=tmp_path, init=attended, dim=8), say=lambda _: None)
+    few = ReductionConfig(data=(data,), out=tmp_path / "run", init=attended, dim=8, global_dim=36)
+    with pytest.raises(InputError, match="36 photos are too few .* --global-dim"):
+        fit_reduction(few, say=lambda _: None)
+    assert not few.out.exists(), "refused before anything is computed"
 
 
 def test_selection_by_attention_needs_a_head(trunk: Path, data: Path, tmp_path: Path) -> None:
