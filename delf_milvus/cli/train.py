@@ -335,7 +335,14 @@ def calibration(
     """
     from delf_milvus.evaluation.calibration import CalibrationConfig, calibrate
 
+    # Told before minutes of work rather than after them.
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{one_line(out)} cannot be written: there is no such folder; make it first.")
     settings = state_of(context).load().settings
     config = CalibrationConfig(data, tuple(fill or ()), matches, frozenset(_names(exclude)))
-    calibrate(config, settings, _say).write(out)
+    measured = calibrate(config, settings, _say)
+    try:
+        measured.write(out)
+    except OSError as error:
+        raise InputError(f"{one_line(out)} cannot be written: {error.strerror or 'input/output error'}.") from error
     typer.echo(out)

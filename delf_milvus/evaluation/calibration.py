@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from delf_milvus.errors import InputError
+from delf_milvus.errors import InputError, one_line
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.features import Features
 from delf_milvus.imaging.decode import RgbImage
@@ -38,6 +38,9 @@ from delf_milvus.settings import Settings
 
 Say = Callable[[str], None]
 Floats = npt.NDArray[np.float64]
+
+LEAST = 100
+"""Photos without a match below which nothing can be said about one false alarm in a hundred."""
 
 _WRONG_A_QUERY = 6
 _RIGHT_A_QUERY = 2
@@ -98,8 +101,21 @@ def judging_photos(root: Path) -> list[Path]:
 def calibrate(config: CalibrationConfig, settings: Settings, say: Say = print) -> Calibration:
     """Extract the photos and measure their evidence.
 
-    Raises InputError for folders with too few photos.
+    Raises InputError for folders with too few photos, before any of them is extracted.
     """
+    classes = _classes(config.data)
+    named = [[name for name in sorted(classes)[start::4] if name not in config.exclude] for start in (0, 2)]
+    asking = [sum(len(classes[name]) for name in half) for half in named]
+    if min(asking) < 1 or sum(asking) < LEAST:
+        raise InputError(
+            f"{one_line(config.data)} has too few photos: {sum(asking)} of {len(named[0]) + len(named[1])} classes "
+            f"take part, and a calibration needs {LEAST}, some in each of two halves."
+        )
+    others = [photo.path for root in config.fill for photo in scan([root]).photos]
+    folders = {} if config.matches is None else _folders(config.matches)
+    places = [(name, path) for name in sorted(folders) if name not in config.exclude for path in folders[name]]
+    if config.matches is not None and not places:
+        raise InputError(f"{one_line(config.matches)} has no folders of photos, one a place or thing, that take part.")
     matcher = PhotoMatcher(settings)
     plan = matcher.extractor.plan
     count = max(plan.stored_features, plan.query_features)
@@ -107,21 +123,9 @@ def calibrate(config: CalibrationConfig, settings: Settings, say: Say = print) -
     def shown(thing: str, path: Path) -> Shown:
         return Shown(thing, matcher.extractor.extract(matcher.decode(path), count))
 
-    classes = _classes(config.data)
-    halves = [
-        [
-            shown(family(name), path)
-            for name in sorted(classes)[start::4]
-            if name not in config.exclude
-            for path in classes[name]
-        ]
-        for start in (0, 2)
-    ]
-    others = [photo.path for root in config.fill for photo in scan([root]).photos]
+    halves = [[shown(family(name), path) for name in half for path in classes[name]] for half in named]
     missing = max(0, config.size - min(len(half) for half in halves))
     filling = [shown(str(path), path) for path in others[:missing]]
-    folders = {} if config.matches is None else _folders(config.matches)
-    places = [(name, path) for name in sorted(folders) if name not in config.exclude for path in folders[name]]
     matching = [shown(name, path) for name, path in places]
     random = np.random.default_rng(config.seed)
     changed = [

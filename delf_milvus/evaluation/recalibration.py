@@ -121,6 +121,12 @@ def _queries(
         if not config.no_match.is_dir():
             raise InputError(f"{one_line(config.no_match)} is not a folder; check the path.")
         photos = scan([config.no_match]).photos
+        # Told before they are extracted rather than after.
+        if min(config.limit, len(photos)) < LEAST:
+            raise InputError(
+                f"{one_line(config.no_match)} has {len(photos)} photos, of which {config.limit} at most ask; a "
+                f"calibration needs {LEAST} queries at least."
+            )
         for number in np.linspace(0, len(photos) - 1, min(config.limit, len(photos))).round().astype(int).tolist():
             path = photos[number].path
             try:

@@ -61,9 +61,9 @@ def fit(
     channels = descriptors.shape[1]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mean = descriptors.mean(0, dtype=torch.float32)
-    # Unit vectors have entries near 1 / sqrt(C).
-    unit = math.sqrt(channels)
     variance = float(sum((part.float() - mean).square().sum() for part in descriptors.split(BATCH)))
+    # Entries of unit variance: the loss is then the share of the variance that is lost.
+    unit = math.sqrt(descriptors.numel() / max(variance, 1e-12))
     network = Autoencoder(channels, dim)
     with torch.no_grad():
         network.encoder.weight.copy_(_orthonormal(dim, channels, generator))
@@ -84,19 +84,18 @@ def fit(
             optimizer.step()
             schedule.step()
             error += loss.item() * len(rows)
-        # The squared error of a row is that of its mean entry times C, over unit squared, which is C.
-        explained = 1 - error / max(variance, 1e-12)
+        lost = error / len(descriptors)
         if log is not None:
-            log(epoch=epoch, loss=round(error / len(descriptors), 6), explained_variance=round(explained, 4))
-        say(f"autoencoder, epoch {epoch}: reconstruction explains {explained:.1%} of the variance")
+            log(epoch=epoch, loss=round(lost, 6), explained_variance=round(1 - lost, 4))
+        say(f"autoencoder, epoch {epoch}: the reconstruction keeps {1 - lost:.1%} of the variance")
     with torch.no_grad():
-        error = sum(
-            float((network((part.to(device).float() - mean) * unit) / unit - part.to(device).float()).square().sum())
-            for part in descriptors.split(BATCH)
-        )
+        error = 0.0
+        for part in descriptors.split(BATCH):
+            batch = part.to(device).float()
+            error += float((network((batch - mean) * unit) - batch * unit).square().sum())
         _, upper = torch.linalg.qr(network.decoder.weight.double().cpu())
         projection = (upper @ network.encoder.weight.double().cpu()).float()
-    return Fit(mean.cpu(), projection, 1 - error / max(variance, 1e-12))
+    return Fit(mean.cpu(), projection, 1 - error / descriptors.numel())
 
 
 def _orthonormal(dim: int, channels: int, generator: torch.Generator) -> Tensor:

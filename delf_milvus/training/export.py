@@ -50,7 +50,7 @@ def save_unreduced(path: Path, tensors: Mapping[str, Tensor], spec: ModelSpec, *
 
 
 def earlier(init: Path) -> dict[str, Record]:
-    """The records of the stages that made a weight file; none for a file of other origin."""
+    """The records of the stages that made a weight file, by "number name"; none for a file of other origin."""
     if init.suffix == ".npz":
         return {}
     found = read_header(init)[1].get("training")
@@ -58,12 +58,9 @@ def earlier(init: Path) -> dict[str, Record]:
 
 
 def with_stage(records: Mapping[str, Record], stage: str, record: Record) -> dict[str, Record]:
-    """The records and one more; a stage that was there already gets a number."""
-    name, number = stage, 1
-    while name in records:
-        number += 1
-        name = f"{stage} {number}"
-    return {**records, name: record}
+    """The records and that of one more stage."""
+    # Metadata is written in the order of its names, so the number is one.
+    return {**records, f"{len(records) + 1} {stage}": record}
 
 
 def names(paths: Sequence[Path]) -> list[str]:
@@ -95,10 +92,10 @@ def write_card(model: Path) -> Path:
     return card
 
 
-def card_text(name: str, digest: str, spec: ModelSpec, records: Mapping[str, Record]) -> str:
+def card_text(model: str, digest: str, spec: ModelSpec, records: Mapping[str, Record]) -> str:
     """The model card, Markdown. digest: SHA-256 of the weight file; the first twelve digits name its features too."""
     trunk = spec.trunk
-    finished = bool(records) and "dim" in list(records.values())[-1]
+    finished = any("dim" in record for name, record in records.items() if name == max(records, key=_number))
     scored = "an attention head" if spec.selection == "attention" else "the norm of the last stage's raw output"
     output = f"keypoints on a grid of {trunk.stride} pixels at each scale, scored by {scored}"
     if finished:
@@ -107,7 +104,7 @@ def card_text(name: str, digest: str, spec: ModelSpec, records: Mapping[str, Rec
     else:
         output += f"; {trunk.channels} channels, not reduced yet: `train reduction` makes a model of it"
     lines = [
-        f"# Model card: {_text(name)}",
+        f"# Model card: {_text(model)}",
         "",
         "Local features for instance-level image retrieval (DELF: Noh et al., ICCV 2017).",
         "",
@@ -124,8 +121,10 @@ def card_text(name: str, digest: str, spec: ModelSpec, records: Mapping[str, Rec
         "## How it was made",
         "",
     ]
-    for number, (stage, record) in enumerate(records.items(), 1):
-        lines += [f"{number}. **{_text(stage)}**", ""]
+    for name in sorted(records, key=_number):
+        number, _, stage = name.partition(" ")
+        record = records[name]
+        lines += [f"{_text(number)}. **{_text(stage)}**", ""]
         if "command" in record:
             lines += ["   ```", f"   {one_line(record['command'])}", "   ```", ""]
         lines += ["   | | |", "   | --- | --- |"]
@@ -146,6 +145,11 @@ def card_text(name: str, digest: str, spec: ModelSpec, records: Mapping[str, Rec
         "",
     ]
     return "\n".join(lines)
+
+
+def _number(stage: str) -> int:
+    number = stage.partition(" ")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def _version() -> str:

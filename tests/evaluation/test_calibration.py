@@ -118,18 +118,22 @@ def test_a_calibration_is_read_as_it_was_written(calibration: Calibration, tmp_p
     assert Calibration.read(tmp_path / "model.calibration.json") == calibration
 
 
-def test_the_fill_makes_the_collections_larger(tmp_path: Path) -> None:
-    root = write_classes(tmp_path / "classes", 4)
+def test_the_fill_makes_the_collections_larger(data: Path, tmp_path: Path) -> None:
     fill = tmp_path / "fill"
     for seed in range(3):
         save_photo(fill / f"{seed}.png", make_photo(500 + seed, 64, 48))
     said: list[str] = []
-    with pytest.raises(InputError, match="too few photos"):
-        calibrate(CalibrationConfig(root, fill=(fill,), size=4), SETTINGS, say=said.append)
-    assert said == ["2 and 2 photos in two halves, 2 more, 0 that match"]
+    calibrate(CalibrationConfig(data, fill=(fill,), size=TAKING_PART + 2), SETTINGS, say=said.append)
+    assert said[0] == f"{TAKING_PART} and {TAKING_PART} photos in two halves, 2 more, 0 that match"
 
 
-def test_too_few_photos_are_one_sentence(tmp_path: Path) -> None:
-    root = write_classes(tmp_path, 4)
-    with pytest.raises(InputError, match="too few photos: a calibration needs at least 100 finite values, not 4"):
-        calibrate(CalibrationConfig(root), SETTINGS, say=lambda _: None)
+def test_what_is_too_little_is_refused_before_any_photo_is_read(data: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    root = write_classes(tmp_path / "few", 4)
+    with pytest.raises(InputError, match="too few photos: 4 of 2 classes take part, and a calibration needs 100"):
+        calibrate(CalibrationConfig(root), SETTINGS, say=said.append)
+    with pytest.raises(InputError, match="has no folders of photos, one a place or thing"):
+        calibrate(CalibrationConfig(data, matches=root, exclude=frozenset(f"class{n:03d}" for n in range(4))), SETTINGS)
+    with pytest.raises(InputError, match="absent"):
+        calibrate(CalibrationConfig(data, fill=(tmp_path / "absent",)), SETTINGS, say=said.append)
+    assert said == []

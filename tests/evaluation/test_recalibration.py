@@ -78,7 +78,10 @@ def test_the_same_collection_gives_the_same_calibration(index: DelfIndex) -> Non
 
 def test_what_cannot_be_measured_is_refused(index: DelfIndex, workplace: Path, tmp_path: Path) -> None:
     save_photo(tmp_path / "few" / "1.png", make_photo(1, 64, 64))
-    (tmp_path / "few" / "2.png").write_bytes(b"no photo")
+    with pytest.raises(InputError, match=f"has 1 photos, of which 1000 at most ask; a calibration needs {LEAST}"):
+        recalibrate(index, RecalibrationConfig(tmp_path / "few"))
+    for number in range(LEAST):
+        (tmp_path / "few" / f"none{number}.png").write_bytes(b"no photo")
     with pytest.raises(InputError, match=f"1 photos that can be read; a calibration needs {LEAST}"):
         recalibrate(index, RecalibrationConfig(tmp_path / "few"))
     with pytest.raises(InputError, match="is not a folder"):

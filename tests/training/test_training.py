@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_photo, save_photo
+from training.samples import metrics, write_classes, write_trunk
 
 from delf_milvus.errors import InputError, ModelError, UsageError
 from delf_milvus.imaging.decode import decode
 from delf_milvus.model import weights
 from delf_milvus.model.delf import pooled
 from delf_milvus.model.extractor import Extractor
-from delf_milvus.model.spec import ModelSpec, TrunkSpec
-from delf_milvus.model.trunk import Trunk
 from delf_milvus.settings import DecodeSettings, ExtractSettings
 
 pytest.importorskip("delf_milvus.training.vision", reason="needs torchvision (extra: train)")
@@ -29,19 +28,10 @@ from delf_milvus.training.data import PhotoDataset, labelled_photos, split
 from delf_milvus.training.finetune import FinetuneConfig, finetune
 from delf_milvus.training.reduction import ReductionConfig, fit_reduction
 
-TRUNK = TrunkSpec(layout="v2", units=(1, 1, 1), widths=(8, 8, 16))
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of twelve photos, told apart by their colour."""
-    root = tmp_path_factory.mktemp("data") / "scenes"
-    for number, name in enumerate(("blue", "green", "red")):
-        for seed in range(12):
-            photo = make_photo(100 * number + seed, 96, 80) // 2
-            photo[..., 2 - number] += 110
-            save_photo(root / name / f"{seed}.png", photo)
-    return root
+    return write_classes(tmp_path_factory.mktemp("data") / "scenes")
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +39,11 @@ def initial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_trunk(tmp_path_factory.mktemp("initial") / "trunk.safetensors")
 
 
-def write_trunk(path: Path, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    state = {f"trunk.{name}": value for name, value in Trunk(TRUNK).state_dict().items()}
-    weights.save(path, state, ModelSpec(trunk=TRUNK, selection="norm", attention_channels=0))
-    return path
-
-
 def config(data: Path, initial: Path, out: Path, **changes: object) -> FinetuneConfig:
     plain = FinetuneConfig(
         data=(data,), out=out, init=initial, epochs=4, batch=8, load=64, crop=48, learning_rate=0.02, validate_every=6
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +310,7 @@ def test_global_descriptors_are_whitened(attended: Path, data: Path, tmp_path: P
 
 def test_too_few_photos_for_global_descriptors_are_one_sentence(attended: Path, data: Path, tmp_path: Path) -> None:
     few = ReductionConfig(data=(data,), out=tmp_path / "run", init=attended, dim=8, global_dim=36)
-    with pytest.raises(InputError, match="36 photos are too few .* --global-dim"):
+    with pytest.raises(InputError, match=r"36 photos are too few .* --global-dim"):
         fit_reduction(few, say=lambda _: None)
     assert not few.out.exists(), "refused before anything is computed"
 
