@@ -67,8 +67,8 @@ class FinetuneConfig:
     data: folders of class folders; exclude: class folders that are left out; init: initial weights.
     batch: photos of a step, of all processes together.
     load: shortest side, in pixels, at which photos are kept; crop: side of the random crops.
-    learning_rate: of the trunk; head_learning_rate: of the new classifier. Cosine decay after one tenth of an epoch of
-        warm-up.
+    learning_rate: of the trunk; head_learning_rate, arcface_learning_rate: of the new classifier. Cosine decay after
+        one tenth of an epoch of warm-up.
     label_smoothing: of the softmax head.
     clip: largest norm of the trunk's gradient.
     keep_initial: share of the initial weights in the exported trunk, 0 to 1.
@@ -89,6 +89,7 @@ class FinetuneConfig:
     crop: int = 224
     learning_rate: float = 0.001
     head_learning_rate: float = 0.05
+    arcface_learning_rate: float = 0.001
     weight_decay: float = 1e-4
     label_smoothing: float = 0.1
     clip: float = 5.0
@@ -130,6 +131,9 @@ class Classifier(nn.Module):
 
 
 Batches = DataLoader[tuple[Tensor, int]]
+
+SEEN = 2000
+"""Photos at most that the ArcFace head begins with."""
 
 
 def finetune(
@@ -183,13 +187,15 @@ class _Run:
             head = ArcFaceHead(channels, classes, config.global_dim, config.margin, config.scale)
         self.network = Classifier(initial, head).to(here.device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
+        saved = self.experiment.load_checkpoint()
+        if isinstance(head, ArcFaceHead) and saved is None:
+            head.begin(*_seen(self.network.trunk, config, training, self.arithmetic))
         self.network.head = here.synchronised(self.network.head)  # type: ignore[assignment] # but for its BatchNorm
         ema = get_ema_multi_avg_fn(config.ema_decay)
         self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
         self.optimizer = _optimizer(config, self.network)
         self.schedule = _Schedule(self.optimizer, config.epochs * len(self.loader), max(1, len(self.loader) // 10))
         self.epoch, self.figures = 0, dict[str, float]()
-        saved = self.experiment.load_checkpoint()
         if saved is not None:
             self._resume(*saved)
         self.trained = here.trained(self.network)
@@ -326,7 +332,7 @@ def _loaders(
             transforms.ColorJitter(0.3, 0.3, 0.2),
         ]
     )
-    centre = transforms.Compose([transforms.Resize(config.load, antialias=True), transforms.CenterCrop(config.crop)])
+    centre = _centre(config)
     most = data.MOST_IN_MEMORY // here.count
     drawn = PhotoDataset(training, config.load, augment, seed=config.seed, most=most)
     loader = DataLoader(
@@ -342,14 +348,38 @@ def _loaders(
     return loader, DataLoader(mine, share)
 
 
+def _centre(config: FinetuneConfig) -> Callable[[Tensor], Tensor]:
+    return transforms.Compose(  # type: ignore[no-any-return] # without types
+        [transforms.Resize(config.load, antialias=True), transforms.CenterCrop(config.crop)]
+    )
+
+
+@torch.inference_mode()
+def _seen(
+    trunk: Trunk, config: FinetuneConfig, photos: LabelledPhotos, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor]:
+    """Pooled vectors (N, C) and labels (N,) of at most `SEEN` photos, evenly spread, the same in every process."""
+    count = min(SEEN, len(photos.paths))
+    rows = [number * len(photos.paths) // count for number in range(count)]
+    some = LabelledPhotos([photos.paths[i] for i in rows], [photos.labels[i] for i in rows], photos.classes)
+    trunk.eval()
+    vectors: list[Tensor] = []
+    for pixels, _ in DataLoader(PhotoDataset(some, config.load, _centre(config), most=0), 16):
+        with arithmetic.autocast():
+            _, features = trunk(pixels.to(arithmetic.device, memory_format=torch.channels_last).float())
+        vectors.append(ArcFaceHead.pooled(features.float()))
+    return torch.cat(vectors), torch.tensor(some.labels, device=arithmetic.device)
+
+
 def _optimizer(config: FinetuneConfig, network: Classifier) -> torch.optim.Optimizer:
     decayed = [p for p in network.trunk.parameters() if p.ndim > 1]
     undecayed = [p for p in network.trunk.parameters() if p.ndim <= 1]
+    head = config.head_learning_rate if config.head == "softmax" else config.arcface_learning_rate
     return torch.optim.SGD(
         [
             {"params": decayed, "lr": config.learning_rate, "weight_decay": config.weight_decay},
             {"params": undecayed, "lr": config.learning_rate, "weight_decay": 0.0},
-            {"params": network.head.parameters(), "lr": config.head_learning_rate},
+            {"params": network.head.parameters(), "lr": head},
         ],
         momentum=0.9,
         nesterov=True,

@@ -15,6 +15,10 @@ GEM_POWER = 3.0
 """Fixed, as in DELG, and the power that a photo's global descriptor is pooled with when it is extracted."""
 
 
+_LEAST_DEVIATION = 0.03
+"""Of an axis of the first whitening, relative to the largest."""
+
+
 class SoftmaxHead(nn.Module):
     """A linear layer on the standardised spatial mean of the features.
 
@@ -54,10 +58,39 @@ class ArcFaceHead(nn.Module):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.margin = margin
 
+    @staticmethod
+    def pooled(features: Tensor) -> Tensor:
+        """Generalised means of unit length, (N, C)."""
+        means = features.clamp(min=1e-6).pow(GEM_POWER).mean(dim=(2, 3)).pow(1 / GEM_POWER)
+        return nn.functional.normalize(means, dim=1)
+
     def descriptors(self, features: Tensor) -> Tensor:
         """Global descriptors of unit length, (N, dim)."""
-        means = features.clamp(min=1e-6).pow(GEM_POWER).mean(dim=(2, 3)).pow(1 / GEM_POWER)
-        return nn.functional.normalize(self.whiten(nn.functional.normalize(means, dim=1)), dim=1)
+        return nn.functional.normalize(self.whiten(self.pooled(features)), dim=1)
+
+    @torch.no_grad()
+    def begin(self, pooled: Tensor, labels: Tensor) -> None:
+        """Begin with what the trunk says of photos before training: the whitening is their whitened principal
+        components, a class the mean of its descriptors; a class without a photo among them stays random.
+
+        Pooled vectors of different photos are nearly parallel. From random layers all cosines would be alike, and the
+        large scale would make of what is left of them steps that lead nowhere.
+
+        pooled: (N, C). labels: (N,). Source of the class vectors: Qi et al., "Low-shot learning with imprinted
+        weights", CVPR 2018.
+        """
+        mean = pooled.mean(0)
+        _, deviations, axes = torch.linalg.svd((pooled - mean).double(), full_matrices=False)
+        count = min(len(axes), len(self.whiten.weight))
+        # Axes along which these photos hardly differ would hold noise alone.
+        lengths = deviations[:count].clamp(min=max(float(deviations[0]) * _LEAST_DEVIATION, 1e-12))
+        weight = axes[:count] / lengths[:, None]
+        self.whiten.weight[:count] = (weight / weight.norm(dim=1).mean()).to(self.whiten.weight)
+        self.whiten.bias.copy_(-self.whiten.weight @ mean)
+        descriptors = nn.functional.normalize(self.whiten(pooled), dim=1)
+        sums = torch.zeros_like(self.classes).index_add_(0, labels, descriptors)
+        seen = labels.unique()
+        self.classes[seen] = nn.functional.normalize(sums[seen], dim=1)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         cosines = self.descriptors(features) @ nn.functional.normalize(self.classes, dim=1).T

@@ -68,3 +68,27 @@ def test_a_step_down_the_loss_brings_a_class_together(head: ArcFaceHead) -> None
         loss().backward()
         optimizer.step()
     assert loss().item() < before
+
+
+def test_the_head_begins_with_whitened_descriptors_and_the_means_of_its_classes() -> None:
+    torch.manual_seed(1)
+    head = ArcFaceHead(channels=16, classes=4, dim=6)
+    before = head.classes.detach().clone()
+    vectors = torch.nn.functional.normalize(torch.rand(300, 16) + 2, dim=1)
+    labels = torch.randint(0, 3, (300,))
+    head.begin(vectors, labels)
+    codes = head.whiten(vectors)
+    torch.testing.assert_close(codes.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    covariance = torch.cov(codes.T)
+    torch.testing.assert_close(covariance / covariance[0, 0], torch.eye(6), atol=1e-2, rtol=0)
+    descriptors = torch.nn.functional.normalize(codes, dim=1)
+    for number in range(3):
+        mean = torch.nn.functional.normalize(descriptors[labels == number].mean(0), dim=0)
+        torch.testing.assert_close(head.classes[number], mean, atol=1e-5, rtol=0)
+    assert torch.equal(head.classes[3], before[3]), "a class that was not seen stays random"
+
+
+def test_the_head_begins_with_fewer_photos_than_it_has_components() -> None:
+    head = ArcFaceHead(channels=16, classes=2, dim=6)
+    head.begin(torch.nn.functional.normalize(torch.rand(3, 16), dim=1), torch.tensor([0, 1, 1]))
+    assert all(bool(torch.isfinite(p).all()) for p in head.parameters())
