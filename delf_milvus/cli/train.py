@@ -246,7 +246,8 @@ def reduction(
 
     Example: delf-milvus train reduction --data photos/ --init runs/attention/attention.safetensors --out runs/model
     """
-    from delf_milvus.training.reduction import ReductionConfig, fit_reduction
+    with _training_extra():
+        from delf_milvus.training.reduction import ReductionConfig, fit_reduction
 
     config = ReductionConfig(
         data=tuple(data),
@@ -266,6 +267,7 @@ def reduction(
 
 @app.command()
 def distill(
+    context: typer.Context,
     data: Annotated[
         list[Path],
         typer.Option("--data", help="Folder of photos, or a CSV file of Google Landmarks; give it again for more."),
@@ -283,7 +285,7 @@ def distill(
     piecewise: Annotated[int, typer.Option(min=0, help="Epochs in which the pieces learn by themselves.")] = 2,
     batch: Annotated[int, typer.Option(min=2)] = 16,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 0.001,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Make a small, quick model that gives the features of a large one; the photos need no labels.
 
@@ -311,7 +313,7 @@ def distill(
         learning_rate=learning_rate,
         seed=seed,
     )
-    typer.echo(run(config, _say))
+    _tell(run(config, _say, command=_command(context)))
 
 
 @app.command()

@@ -27,8 +27,17 @@ from delf_milvus.model import weights
 from delf_milvus.model.delf import Delf
 from delf_milvus.model.runtime import prepare
 from delf_milvus.model.trunk import Trunk
-from delf_milvus.training.data import LabelledPhotos, PhotoDataset, require_batch, split, unlabelled_photos
-from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
+from delf_milvus.training.data import (
+    LabelledPhotos,
+    PhotoDataset,
+    require_batch,
+    require_readable,
+    split,
+    unlabelled_photos,
+)
+from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer
+from delf_milvus.training.export import earlier, export, names, with_stage
+from delf_milvus.training.processes import started
 from delf_milvus.training.pruning import Shape, pruned, sources
 from delf_milvus.training.vision import transforms
 
@@ -101,12 +110,16 @@ def pieces(small: Trunk, large: Trunk) -> list[Piece]:
 Batches = DataLoader[tuple[Tensor, int]]
 
 
-def distill(config: DistillationConfig, say: Say = print) -> Path:
+def distill(config: DistillationConfig, say: Say = print, *, command: str | None = None) -> Path:
     """Distil, resuming from the checkpoint in `config.out` where there is one; returns the small model's weight file.
+
+    command: for the model card.
 
     Raises InputError for data that cannot be read or is too little, ModelError for a large model that does not fit,
     UsageError for a shape that is not smaller and for a checkpoint of another configuration.
     """
+    if started() > 1:
+        raise UsageError("A model is distilled by one process; run it without torchrun.")
     torch.manual_seed(config.seed)
     teacher = weights.load(config.init)
     if teacher.spec.trunk.layout != "v2" or teacher.attention is None:
@@ -119,6 +132,7 @@ def distill(config: DistillationConfig, say: Say = print) -> Path:
     paths = unlabelled_photos(config.data, config.exclude)
     training, validation = split(LabelledPhotos(paths, [0] * len(paths), [""]), config.validate_every)
     require_batch(config.data, training, config.batch)
+    require_readable(training)
     say(f"{len(training.paths)} photos to learn from, {len(validation.paths)} to validate")
     shuffled = torch.Generator().manual_seed(config.seed)
     loader, checks = _loaders(config, training, validation, shuffled)
@@ -127,22 +141,23 @@ def distill(config: DistillationConfig, say: Say = print) -> Path:
         network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
     teacher.requires_grad_(False)
     optimizer = torch.optim.AdamW(small.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    first_epoch = 0
+    first_epoch, likeness = 0, dict[str, float]()
     if (saved := experiment.load_checkpoint()) is not None:
         tensors, progress = saved
-        small.load_state_dict(unprefixed("network", tensors))
+        experiment.restore({"network": small}, tensors)
         restore_optimizer(optimizer, tensors)
-        first_epoch = progress["epoch"]
+        first_epoch, likeness = progress["epoch"], progress["likeness"]
         shuffled.manual_seed(config.seed + first_epoch)
         say(f"resuming after epoch {first_epoch}")
     for epoch in range(first_epoch, config.epochs):
-        started = time.monotonic()
+        begun = time.monotonic()
+        loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined] # a PhotoDataset
         if epoch == config.piecewise:
             # Steps scaled by the small gradients of the pieces would throw the whole network far off.
             optimizer.state.clear()
         loss = _epoch(config, teacher, small, optimizer, loader, epoch, say)
         likeness = _likeness(teacher, small, checks)
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - begun
         experiment.log(
             stage="distillation",
             epoch=epoch + 1,
@@ -153,12 +168,21 @@ def distill(config: DistillationConfig, say: Say = print) -> Path:
         told = ", ".join(f"{name} {value}" for name, value in likeness.items())
         say(f"epoch {epoch + 1}: loss {loss:.4f}, {told}, {seconds:.0f} s")
         experiment.save_checkpoint(
-            prefixed("network", small.state_dict()) | optimizer_tensors(optimizer), {"epoch": epoch + 1}
+            prefixed("network", small.state_dict()) | optimizer_tensors(optimizer),
+            {"epoch": epoch + 1, "likeness": likeness},
         )
-    path = config.out / "model.safetensors"
-    notes = {"distilled": {"epochs": config.epochs, "seed": config.seed}}
-    weights.save(path, dict(small.state_dict()), small.spec, half=True, notes=notes)
-    return path
+    record = {
+        "data": names(config.data),
+        "photos": len(training.paths),
+        "large model": config.init.name,
+        "dim": small.spec.dim,
+        "recipe": {"epochs": config.epochs, "piecewise": config.piecewise, "batch": config.batch, "seed": config.seed},
+        "last epoch": likeness,
+    }
+    if command:
+        record["command"] = command
+    tensors, records = dict(small.state_dict()), with_stage(earlier(config.init), "distill", record)
+    return export(config.out / "model.safetensors", tensors, small.spec, records, half=True)
 
 
 def _epoch(
@@ -203,7 +227,11 @@ def _loaders(
     )
     centre = transforms.Compose([transforms.Resize(config.load, antialias=True), transforms.CenterCrop(config.crop)])
     loader = DataLoader(
-        PhotoDataset(training, config.load, augment), config.batch, shuffle=True, generator=shuffled, drop_last=True
+        PhotoDataset(training, config.load, augment, seed=config.seed),
+        config.batch,
+        shuffle=True,
+        generator=shuffled,
+        drop_last=True,
     )
     return loader, DataLoader(PhotoDataset(validation, config.load, centre), config.batch)
 
