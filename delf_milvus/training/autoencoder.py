@@ -22,6 +22,8 @@ from torch import Tensor, nn
 Say = Callable[[str], None]
 
 BATCH = 1024
+"""Descriptors of a step at most; fewer where they would make fewer than 50 steps an epoch."""
+
 LEARNING_RATE = 0.002
 
 
@@ -72,11 +74,12 @@ def fit(
     network.to(device)
     mean = mean.to(device)
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE)
-    steps = epochs * math.ceil(len(descriptors) / BATCH)
+    size = max(64, min(BATCH, len(descriptors) // 50))
+    steps = epochs * math.ceil(len(descriptors) / size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in range(1, epochs + 1):
         error = 0.0
-        for rows in torch.randperm(len(descriptors), generator=generator).split(BATCH):
+        for rows in torch.randperm(len(descriptors), generator=generator).split(size):
             batch = descriptors[rows].to(device).float()
             loss = nn.functional.mse_loss(network((batch - mean) * unit), batch * unit)
             optimizer.zero_grad(set_to_none=True)

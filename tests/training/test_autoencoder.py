@@ -19,15 +19,15 @@ def descriptors(count: int = 3000, channels: int = 32, rank: int = 6) -> Tensor:
 
 def test_what_has_few_dimensions_is_reconstructed() -> None:
     said: list[str] = []
-    found = fit(descriptors(), 6, epochs=100, say=said.append)
+    found = fit(descriptors(), 6, epochs=15, say=said.append)
     assert found.projection.shape == (6, 32)
     assert found.explained > 0.9
-    assert len(said) == 100
+    assert len(said) == 15
 
 
 def test_distances_of_codes_are_those_of_the_descriptors_that_they_stand_for() -> None:
     data = descriptors()
-    found = fit(data, 6, epochs=100, say=lambda _: None)
+    found = fit(data, 6, epochs=15, say=lambda _: None)
     codes = (data - found.mean) @ found.projection.T
     some = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:200]
     ratio = torch.pdist(codes[some]) / torch.pdist(data[some])

@@ -174,6 +174,7 @@ def test_the_small_network_learns_to_give_the_features_of_the_large_one(finished
     assert log[3]["loss"] < log[0]["loss"]
     assert log[7]["loss"] < log[4]["loss"]
     assert log[7]["cosine"] > 0.5
+    assert f"cosine {log[7]['cosine']}" in (finished.parent / "MODEL_CARD.md").read_text()
     photo = make_photo(1, 200, 160)
     large = Extractor(finished.parents[1] / "large.safetensors", ExtractSettings()).extract(photo, 50)
     small = Extractor(finished, ExtractSettings()).extract(photo, 50)
