@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from delf_milvus.cli.output import data_json, data_line, data_table, say, show_progress
+from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import Stages, State, state_of
 from delf_milvus.errors import UsageError, one_line
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from delf_milvus.evaluation.comparison import Comparison
     from delf_milvus.evaluation.dataset import DataSet
     from delf_milvus.evaluation.report import EvaluationReport
-    from delf_milvus.ingestion.pipeline import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -175,8 +175,8 @@ def pairs(
     state = state_of(context)
     matcher = PhotoMatcher(state.load({"extract": {"preset": preset}}).settings)
     config = PairsConfig(file, out, threshold, limit)
-    with _interruptible(out), _Bar(show_progress(state.quiet)) as bar:
-        report = run_pairs(matcher, config, bar.matching)
+    with _interruptible(out), Bar(show_progress(state.quiet, state.json), "ingest") as bar:
+        report = run_pairs(matcher, config, _counted(bar, "match", "pairs"))
     _tell(report, state, out)
 
 
@@ -221,17 +221,21 @@ def _run(
     with (
         _interruptible(out),
         state.open(stages, create=not no_ingest) as index,
-        _Bar(show_progress(state.quiet)) as bar,
+        Bar(show_progress(state.quiet, state.json), "ingest") as bar,
     ):
         report = run(
             index,
             data_set,
             RunConfig(out, not no_ingest, limit),
             (lambda _: None) if state.quiet else say,
-            ingesting=bar.ingesting,
-            searching=bar.searching,
+            ingesting=bar.update,
+            searching=_counted(bar, "search", "queries"),
         )
     _tell(report, state, out)
+
+
+def _counted(bar: Bar, what: str, unit: str) -> Callable[[int, int, int], None]:
+    return lambda done, total, failed: bar.count(what, done, total, failed=failed, unit=unit)
 
 
 def _tell(report: EvaluationReport, state: State, out: Path) -> None:
@@ -296,45 +300,3 @@ def _interruptible(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"Interrupted: what was stored and answered stays in {one_line(out)}; run the same command again to go on.")
         raise typer.Exit(130) from None
-
-
-class _Bar:
-    """A progress bar on stderr: what is done now, of how much."""
-
-    def __init__(self, visible: bool) -> None:
-        self._visible = visible
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> _Bar:
-        if self._visible:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-        return self
-
-    def ingesting(self, progress: Progress) -> None:
-        self._show("ingest", progress.done, progress.total)
-
-    def searching(self, done: int, total: int) -> None:
-        self._show("search", done, total)
-
-    def matching(self, done: int, total: int) -> None:
-        self._show("match", done, total)
-
-    def _show(self, what: str, done: int, total: int) -> None:
-        if self._bar is None:
-            return
-        if self._task is None or self._bar.tasks[-1].description != what:
-            # A task of its own, or the time left would be that of the work before.
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(what)
-        self._bar.update(self._task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

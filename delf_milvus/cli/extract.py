@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delf_milvus.cli.ingest import Bar
 from delf_milvus.cli.output import data_json, data_line, say, show_progress
+from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import Stages, state_of
 from delf_milvus.errors import UsageError, one_line
 
@@ -55,7 +55,7 @@ def extract(
     folder = None if out is None else FeatureFolder(out, _format(format), matcher.fingerprint)
     pictures = None if show is None else AttentionPictures(show)
     scanned = scan(paths, id_prefix=id_prefix, follow_links=matcher.settings.ingest.follow_links)
-    with Bar(show_progress(state.quiet), "extract") as bar:
+    with Bar(show_progress(state.quiet, state.json), "extract") as bar:
         report = extract_photos(
             scanned, folder, lambda: matcher.extractor, matcher.settings, pictures=pictures, progress=bar.update
         )

@@ -46,6 +46,7 @@ def list_images(
         data_table(
             ("image", "width", "height", "features"),
             ((r.image_id, r.width, r.height, r.feature_count) for r in records),
+            shorten=("image",),
         )
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delf_milvus.cli.ingest import Bar
 from delf_milvus.cli.output import data_json, data_line, say, show_progress
+from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import state_of
 from delf_milvus.errors import one_line
 
@@ -41,7 +41,7 @@ def reindex(
     if model is not None:
         state.flags["model"] = str(model)
     stages = {"extract": {"preset": preset}}
-    with state.open(stages, any_model=True) as index, Bar(show_progress(state.quiet), "reindex") as bar:
+    with state.open(stages, any_model=True) as index, Bar(show_progress(state.quiet, state.json), "reindex") as bar:
         report = index.reindex(allow_missing=allow_missing, drop_old=drop_old, progress=bar.update)
     _tell(report, state.json)
     if report.interrupted:

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -23,7 +23,7 @@ from delf_milvus.evaluation.journal import Journal, digest_of, size_of
 from delf_milvus.evaluation.metrics import corner_error, epipolar_distances, error_area, transfer_distances
 from delf_milvus.evaluation.pictures import corner_errors_picture
 from delf_milvus.evaluation.report import REPORT, EvaluationReport, Facts, made_report
-from delf_milvus.evaluation.run import fingerprint_values, relevant_settings
+from delf_milvus.evaluation.run import Count, fingerprint_values, relevant_settings
 from delf_milvus.imaging.decode import read_file
 from delf_milvus.ingestion.scan import Failure
 from delf_milvus.matcher import PhotoMatcher
@@ -102,9 +102,7 @@ def read_pairs(path: Path) -> list[Pair]:
     return list(pairs.values())
 
 
-def run_pairs(
-    matcher: PhotoMatcher, config: PairsConfig, progress: Callable[[int, int], None] | None = None
-) -> EvaluationReport:
+def run_pairs(matcher: PhotoMatcher, config: PairsConfig, progress: Count | None = None) -> EvaluationReport:
     """Match every pair, or take it from the journal of an earlier run; writes report.json and a picture.
 
     Raises InputError for a file that is not as `read_pairs` says, and where no pair can be judged.
@@ -122,7 +120,7 @@ def run_pairs(
             except InputError as error:
                 failures.append(Failure(pair.name, str(error)))
             if progress is not None:
-                progress(done, len(taken))
+                progress(done, len(taken), len(failures))
     notes = [f"{len(taken)} of {len(pairs)} pairs were judged, evenly spread."] if len(taken) < len(pairs) else []
     report = made_report(
         "pairs",

@@ -36,8 +36,8 @@ from delf_milvus.settings import Settings
 
 Say = Callable[[str], None]
 
-Count = Callable[[int, int], None]
-"""Called with what is done and what there is to do."""
+Count = Callable[[int, int, int], None]
+"""Called with what is done, what there is to do, and what failed so far."""
 
 RANKED = 1000
 """Answers that are judged: the most that a search gives. Those beyond its candidates are ranked by votes."""
@@ -110,7 +110,7 @@ def run(
             except (InputError, UsageError) as error:
                 failures.append(Failure(str(query.path), str(error)))
             if searching is not None:
-                searching(done, len(queries))
+                searching(done, len(queries), len(failures))
     values: dict[str, Mapping[str, Value]] = {query.name: data.judge(query, answer) for query, answer in answered}
     report = made_report(
         data.kind,

@@ -101,16 +101,21 @@ def save_picture(path: Path, picture: RgbImage) -> None:
         raise InputError(
             f"{name}: a picture of {picture.shape[1]} x {picture.shape[0]} is no {kind}; use .png."
         ) from error
+    write_file(path, encoded.getvalue())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; missing folders are made. Raises InputError."""
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(encoded.getbuffer())
+            partial.write_bytes(content)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{name} cannot be written: {error.strerror or 'input/output error'}.") from error
+        raise InputError(f"{one_line(path)} cannot be written: {error.strerror or 'input/output error'}.") from error
 
 
 def _common_height(*photos: RgbImage) -> int:

@@ -74,22 +74,26 @@ def contact_sheet(tiles: Sequence[Tile]) -> RgbImage:
     return sheet
 
 
-def fitting(photo: RgbImage, side: int) -> RgbImage:
-    """The photo shrunk to fit a square of `side` pixels; a smaller one as it is."""
+def fitting(
+    photo: RgbImage, side: int, outline: NDArray[np.float64] | None = None
+) -> tuple[RgbImage, NDArray[np.float64] | None]:
+    """The photo shrunk to fit a square of `side` pixels, a smaller one as it is; and points of it, (N, 2), likewise."""
     factor = min(1.0, side / max(photo.shape[:2]))
     if factor == 1:
-        return photo
+        return photo, outline
     size = max(1, round(photo.shape[1] * factor)), max(1, round(photo.shape[0] * factor))
-    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+    small = cv2.resize(photo, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+    stretch = np.array(size) / np.array(photo.shape[1::-1])
+    # Pixel centres lie at integers on both sides.
+    return small, None if outline is None else outline * stretch + (stretch - 1) / 2
 
 
 def outlined(photo: RgbImage, side: int, outline: NDArray[np.float64] | None) -> RgbImage:
     """A copy of the photo that fits a square of `side` pixels, with a closed line through `outline`, (N, 2) pixels."""
-    small = fitting(photo, side).copy()
-    if outline is not None and np.isfinite(outline).all():
-        stretch = np.array(small.shape[1::-1]) / np.array(photo.shape[1::-1])
-        # Pixel centres lie at integers on both sides.
-        draw_outline(small, outline * stretch + (stretch - 1) / 2)
+    small, points = fitting(photo, side, outline)
+    small = small.copy()
+    if points is not None and np.isfinite(points).all():
+        draw_outline(small, points)
     return small
 
 
