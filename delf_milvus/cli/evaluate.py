@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, data_table, say, show_progress
+from delf_milvus.cli.output import check_page, data_json, data_line, data_table, say, show_progress
 from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import Stages, State, state_of
 from delf_milvus.errors import UsageError, one_line
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from delf_milvus.evaluation.comparison import Comparison
     from delf_milvus.evaluation.dataset import DataSet
     from delf_milvus.evaluation.report import EvaluationReport
+    from delf_milvus.evaluation.run import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +30,10 @@ Out = Annotated[
     typer.Option(
         help="Folder for report.json, pictures, and the result of each query, which a second run goes on from."
     ),
+]
+Page = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Page of figures, plots, best and worst queries (.html)."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Queries at most, evenly spread. Default: all")]
 NoIngest = Annotated[bool, typer.Option("--no-ingest", help="Search the collection as it is; store no photos first.")]
@@ -61,6 +66,7 @@ def folders(
     no_ingest: NoIngest = False,
     limit: Limit = None,
     out: Out = _OUT,
+    page: Page = None,
     preset: Preset = None,
     candidates: Candidates = None,
 ) -> None:
@@ -72,7 +78,10 @@ def folders(
     Example: delf-milvus --collection judged eval folders ukbench/ --group 4 --limit 200 --out ukbench-report
     """
     from delf_milvus.evaluation.folders import FoldersConfig, folders_set
+    from delf_milvus.evaluation.run import RunConfig
 
+    if page is not None:
+        check_page(page)
     if instances not in ("folder", "parent"):
         raise UsageError(f"--instances is folder or parent, not {instances!r}.")
     _check_distractors(distractors, no_ingest)
@@ -85,7 +94,7 @@ def folders(
             tuple(no_match or ()),
         )
     )
-    _run(state_of(context), data_set, out, no_ingest, limit, preset, candidates)
+    _run(state_of(context), data_set, RunConfig(out, not no_ingest, limit, page), preset, candidates)
 
 
 @app.command()
@@ -99,6 +108,7 @@ def revisited(
     no_ingest: NoIngest = False,
     limit: Limit = None,
     out: Out = _OUT,
+    page: Page = None,
     preset: Preset = None,
     candidates: Candidates = None,
 ) -> None:
@@ -110,10 +120,13 @@ def revisited(
     Example: delf-milvus --collection roxford eval revisited gnd_roxford5k.pkl oxford/jpg --out roxford-report
     """
     from delf_milvus.evaluation.revisited import RevisitedConfig, revisited_set
+    from delf_milvus.evaluation.run import RunConfig
 
+    if page is not None:
+        check_page(page)
     _check_distractors(distractors, no_ingest)
     data_set = revisited_set(RevisitedConfig(ground_truth, images, tuple(distractors or ())))
-    _run(state_of(context), data_set, out, no_ingest, limit, preset, candidates)
+    _run(state_of(context), data_set, RunConfig(out, not no_ingest, limit, page), preset, candidates)
 
 
 @app.command()
@@ -132,6 +145,7 @@ def landmarks(
     no_ingest: NoIngest = False,
     limit: Limit = None,
     out: Out = _OUT,
+    page: Page = None,
     preset: Preset = None,
     candidates: Candidates = None,
 ) -> None:
@@ -140,14 +154,17 @@ def landmarks(
     Example: delf-milvus eval landmarks test/ --images index/ --retrieval retrieval_solution_v2.1.csv --out gld-report
     """
     from delf_milvus.evaluation.landmarks import LandmarksConfig, landmarks_set
+    from delf_milvus.evaluation.run import RunConfig
 
+    if page is not None:
+        check_page(page)
     if no_ingest == (images is not None):
         raise UsageError("Give --images, the folder of the photos to store, or --no-ingest for those that are stored.")
     if usage is not None and usage.lower() not in ("public", "private"):
         raise UsageError(f"--usage is public or private, not {usage!r}.")
     whose = None if usage is None else usage.lower()
     data_set = landmarks_set(LandmarksConfig(queries, images, retrieval, recognition, labels, whose))
-    _run(state_of(context), data_set, out, no_ingest, limit, preset, candidates)
+    _run(state_of(context), data_set, RunConfig(out, not no_ingest, limit, page), preset, candidates)
 
 
 @app.command()
@@ -159,6 +176,7 @@ def pairs(
     threshold: Annotated[float, typer.Option(min=0, help="Pixels of photo b up to which a match is right.")] = 10.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Pairs at most, evenly spread. Default: all")] = None,
     out: Out = _OUT,
+    page: Page = None,
     preset: Preset = None,
 ) -> None:
     """Match pairs of photos whose geometry is known; no database is used.
@@ -172,12 +190,14 @@ def pairs(
     from delf_milvus.evaluation.pairs import PairsConfig, run_pairs
     from delf_milvus.matcher import PhotoMatcher
 
+    if page is not None:
+        check_page(page)
     state = state_of(context)
     matcher = PhotoMatcher(state.load({"extract": {"preset": preset}}).settings)
-    config = PairsConfig(file, out, threshold, limit)
+    config = PairsConfig(file, out, threshold, limit, page)
     with _interruptible(out), Bar(show_progress(state.quiet, state.json), "ingest") as bar:
         report = run_pairs(matcher, config, _counted(bar, "match", "pairs"))
-    _tell(report, state, out)
+    _tell(report, state, out, page)
 
 
 @app.command()
@@ -209,36 +229,34 @@ def _check_distractors(distractors: list[Path] | None, no_ingest: bool) -> None:
 def _run(
     state: State,
     data_set: DataSet,
-    out: Path,
-    no_ingest: bool,
-    limit: int | None,
+    config: RunConfig,
     preset: str | None,
     candidates: int | None,
 ) -> None:
-    from delf_milvus.evaluation.run import RunConfig, run
+    from delf_milvus.evaluation.run import run
 
     stages: Stages = {"extract": {"preset": preset}, "search": {"candidates": candidates}}
     with (
-        _interruptible(out),
-        state.open(stages, create=not no_ingest) as index,
+        _interruptible(config.out),
+        state.open(stages, create=config.ingest) as index,
         Bar(show_progress(state.quiet, state.json), "ingest") as bar,
     ):
         report = run(
             index,
             data_set,
-            RunConfig(out, not no_ingest, limit),
+            config,
             (lambda _: None) if state.quiet else say,
             ingesting=bar.update,
             searching=_counted(bar, "search", "queries"),
         )
-    _tell(report, state, out)
+    _tell(report, state, config.out, config.page)
 
 
 def _counted(bar: Bar, what: str, unit: str) -> Callable[[int, int, int], None]:
     return lambda done, total, failed: bar.count(what, done, total, failed=failed, unit=unit)
 
 
-def _tell(report: EvaluationReport, state: State, out: Path) -> None:
+def _tell(report: EvaluationReport, state: State, out: Path, page: Path | None) -> None:
     from delf_milvus.evaluation.pairs import CORNER_ERRORS
     from delf_milvus.evaluation.pictures import INLIERS, PRECISION_RECALL, RELIABILITY
     from delf_milvus.evaluation.report import REPORT
@@ -260,7 +278,7 @@ def _tell(report: EvaluationReport, state: State, out: Path) -> None:
             data_line(note)
     if not state.quiet:
         names = (CORNER_ERRORS,) if report.kind == "pairs" else (PRECISION_RECALL, INLIERS, RELIABILITY)
-        for path in (out / name for name in (REPORT, *names)):
+        for path in (*(out / name for name in (REPORT, *names)), *([] if page is None else [page])):
             if path.is_file():
                 say(f"written: {one_line(path)}")
     if report.failures:

@@ -130,7 +130,7 @@ def file_name(name: str) -> str:
 
 def _tile(query: RgbImage, one: Shown, box: Box | None) -> Tile:
     hit = one.hit
-    lines = [f"{hit.rank}  {hit.image_id}", f"{one.verdict}, {hit.confidence:.4f}" if hit.compared else one.verdict]
+    lines = [f"{hit.rank}. {hit.image_id}", f"{one.verdict}, {hit.confidence:.4f}" if hit.compared else one.verdict]
     if hit.compared:
         lines.append(f"{hit.inliers} inliers of {hit.putatives}")
     mark: Mark = "verified" if hit.verified else "unverified"
