@@ -471,8 +471,16 @@ class DelfIndex:
         """What is stored of one image; raises NotFoundError."""
         record = self._store.records([image_id]).get(image_id)
         if record is None:
-            raise NotFoundError(f"No image {one_line(image_id)} is stored; `delf-milvus list` shows the ids.")
+            meant = self.meant(image_id)
+            raise NotFoundError(
+                f"No image {one_line(image_id)} is stored{meant or '; `delf-milvus list` shows the ids.'}"
+            )
         return record
+
+    def meant(self, image_id: str) -> str:
+        """What to say after an unknown id: ": did you mean a.jpg?", or nothing."""
+        ids = [one_line(one) for one in self._store.similar_ids(image_id)]
+        return f": did you mean {' or '.join(ids)}?" if ids else ""
 
     def export(
         self, folder: str | Path, *, prefix: str = "", progress: Callable[[int, int], None] | None = None

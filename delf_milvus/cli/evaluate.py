@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from delf_milvus.cli.completion import presets
 from delf_milvus.cli.output import check_page, data_json, data_line, data_table, say, show_progress
 from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import Stages, State, state_of
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     help="Judge by ground truth. Exit codes: 0 done, 1 some photos could not be read, others as everywhere.",
+    epilog="Example: delf-milvus eval folders photos/ --limit 200 --out report",
 )
 
 Out = Annotated[
@@ -37,7 +39,7 @@ Page = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Queries at most, evenly spread. Default: all")]
 NoIngest = Annotated[bool, typer.Option("--no-ingest", help="Search the collection as it is; store no photos first.")]
-Preset = Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")]
+Preset = Annotated[str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: standard")]
 Candidates = Annotated[int | None, typer.Option(help="Images that are verified, and ranked. Default: 100")]
 Distractors = Annotated[
     list[Path] | None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from delf_milvus.cli.completion import formats, presets
 from delf_milvus.cli.output import data_json, data_line, say, show_progress
 from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import Stages, state_of
@@ -28,10 +29,16 @@ def extract(
         typer.Option(metavar="DIR", help="Folder of pictures: each photo's keypoints and its attention map."),
     ] = None,
     format: Annotated[
-        str, typer.Option(help="npz or delf (one file a photo), or hloc (one .h5 file, features.h5 in a folder).")
+        str,
+        typer.Option(
+            autocompletion=formats,
+            help="npz or delf (one file a photo), or hloc (one .h5 file, features.h5 in a folder).",
+        ),
     ] = "npz",
     id_prefix: Annotated[str, typer.Option(help="Put before the name of every photo.")] = "",
-    preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: standard")
+    ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Features of a photo at most. Default: the preset's")] = None,
 ) -> None:
     """Write the features of photos into files, for other pipelines or for `ingest --features`, and pictures of them.

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from delf_milvus.settings import Profile
     from delf_milvus.store.indexing import BuildProgress
 
-app = typer.Typer(no_args_is_help=True, help="The index of the descriptors.")
+app = typer.Typer(
+    no_args_is_help=True, help="The index of the descriptors.", epilog="Example: delf-milvus index status"
+)
 
 
 def _profiles(names: list[str] | None) -> list[Profile]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from delf_milvus.cli.completion import presets
 from delf_milvus.cli.output import data_json, data_line, say, show_progress
 from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import Stages, state_of
@@ -37,7 +38,9 @@ def ingest(
     tenant_field: Annotated[
         str | None, typer.Option(help="Field that keeps tenants apart (see --tenant), for a new collection.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: standard")
+    ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Features kept of a photo. Default: the preset's")] = None,
     features: Annotated[
         bool, typer.Option("--features", help="PATH are feature files (.npz, .delf, .h5), or folders of them.")

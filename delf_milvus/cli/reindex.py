@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from delf_milvus.cli.completion import presets
 from delf_milvus.cli.output import data_json, data_line, say, show_progress
 from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import state_of
@@ -21,7 +22,9 @@ def reindex(
     model: Annotated[
         Path | None, typer.Option(help="Weight file of the new model. Default: the global --model")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: standard")
+    ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Switch without the images whose photo is gone.")
     ] = False,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from delf_milvus.cli.completion import modes, presets
 from delf_milvus.cli.output import (
     check_page,
     data_json,
@@ -83,7 +84,10 @@ def search(
     ] = False,
     max_false_alarm: MaxFalseAlarm = None,
     mode: Annotated[
-        str | None, typer.Option(help="full (match all descriptors) or hits (neighbours only). Default: full")
+        str | None,
+        typer.Option(
+            autocompletion=modes, help="full (match all descriptors) or hits (neighbours only). Default: full"
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -105,7 +109,9 @@ def search(
     explain: Annotated[
         str | None, typer.Option(metavar="ID", help="Say what each stage thinks of this stored image instead.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="The preset that the collection was made with.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=presets, help="The preset that the collection was made with.")
+    ] = None,
     features: Annotated[
         bool,
         typer.Option("--features", help="IMAGE is a feature file (.npz, .delf), or one photo of many: feats.h5#a.jpg"),
@@ -323,7 +329,9 @@ def match(
     second: Annotated[Path, typer.Argument(metavar="B", help="The photo it is compared with.")],
     out: Annotated[Path | None, typer.Option(help="Write a picture with the match lines.")] = None,
     max_false_alarm: MaxFalseAlarm = None,
-    preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: standard")
+    ] = None,
 ) -> None:
     """Compare two photos without a database; exit code 1 when nothing proves that they show the same thing.
 

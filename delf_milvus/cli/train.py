@@ -12,7 +12,11 @@ import typer
 from delf_milvus.cli.state import state_of
 from delf_milvus.errors import InputError, UsageError
 
-app = typer.Typer(no_args_is_help=True, help="Train a model on photos with image-level labels.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Train a model on photos with image-level labels.",
+    epilog="Example: delf-milvus train finetune --data photos/ --init imagenet.npz --out runs/finetune",
+)
 
 Data = Annotated[
     list[Path],
