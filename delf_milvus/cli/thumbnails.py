@@ -24,7 +24,8 @@ _CELLS = 22  # columns of one picture
 _GAP = 2  # columns
 _PIXELS = 12  # of a column, which is more than most terminals have
 _LEAST, _MOST = 1, 8  # pictures in the row
-_MUTE_TERMINALS = ("", "dumb", "linux")  # they know no pictures, and would print the question
+# They know no pictures, and would print the question.
+_MUTE = {"TERM": ("", "dumb", "linux"), "TERM_PROGRAM": ("Apple_Terminal",)}
 
 
 class Thumbnails:
@@ -71,7 +72,8 @@ class Thumbnails:
 
 def _might_know_pictures() -> bool:
     """Whether somebody watches a terminal that can be asked."""
-    return sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM", "") not in _MUTE_TERMINALS
+    mute = any(os.environ.get(name, "") in values for name, values in _MUTE.items())
+    return sys.stdout.isatty() and sys.stdin.isatty() and not mute
 
 
 def _row(

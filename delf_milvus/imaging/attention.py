@@ -63,7 +63,7 @@ def attention_picture(
 
 def _ends(features: Features, attention: Float32Array) -> tuple[float, float]:
     """The attention at both ends of the colours."""
-    high = max(float(attention.max()), _LEAST_ATTENTION)
+    high = max(float(attention.max()), *features.attention[:1].tolist(), _LEAST_ATTENTION)
     low = float(features.attention[-1]) if len(features) else high / 100
     return min(max(low, high / _MOST_RANGE), high / 2), high
 
