@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -81,5 +82,5 @@ def checked(html: str) -> Page:
     assert page.of("html")[0]["lang"] == "en"
     assert len(page.of("main")) == len(page.of("h1")) == len(page.of("title")) == 1
     levels = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     return page
