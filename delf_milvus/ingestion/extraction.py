@@ -13,7 +13,7 @@ import cv2
 
 from delf_milvus.errors import InputError, one_line
 from delf_milvus.featurefiles.folder import FeatureFolder
-from delf_milvus.features import Features
+from delf_milvus.features import Features, Fingerprint, Float32Array
 from delf_milvus.imaging.attention import attention_picture
 from delf_milvus.imaging.decode import RgbImage, decode
 from delf_milvus.imaging.draw import save_picture
@@ -58,15 +58,17 @@ class AttentionPictures:
         """Whether a photo's picture is there."""
         return self.path_of(image_id).is_file()
 
-    def extract(self, extractor: Extractor, image_id: str, photo: RgbImage) -> Features:
-        """The features of a photo that are stored, whose picture is written too. Raises InputError."""
-        features, attention = extractor.attended(photo, extractor.plan.stored_features)
-        fingerprint = extractor.fingerprint
+    def write(
+        self, image_id: str, photo: RgbImage, features: Features, attention: Float32Array, fingerprint: Fingerprint
+    ) -> None:
+        """Write a photo's picture: its features, and the attention map, (h, w), that they were selected from.
+
+        Raises InputError where that is impossible.
+        """
         selected = "attention" if fingerprint.selection == "attention" else f"{fingerprint.selection}, for attention"
         caption = f"{one_line(image_id)}: {len(features)} features, each as wide as its cell; {selected} of all cells"
         picture = attention_picture(photo, features, attention, cell=fingerprint.stride, caption=caption)
         save_picture(self.path_of(image_id), picture)
-        return features
 
 
 def extract_photos(
@@ -96,7 +98,12 @@ def extract_photos(
                 extractor = load_extractor()
                 try:
                     pixels = decode(photo.path, settings.decode)
-                    features = _features(extractor, photo.image_id, pixels, None if drawn else pictures)
+                    # The map comes with the same pass of the network, and is not made for nothing.
+                    features, attention = (
+                        (extractor.extract(pixels, extractor.plan.stored_features), None)
+                        if drawn
+                        else extractor.attended(pixels, extractor.plan.stored_features)
+                    )
                 except InputError as error:
                     report.failures.append(Failure(str(photo.path), str(error)))
                 except (ValueError, RuntimeError, MemoryError, cv2.error) as error:
@@ -107,6 +114,8 @@ def extract_photos(
                 else:
                     if folder is not None and not kept:
                         folder.write(photo.image_id, features)
+                    if pictures is not None and attention is not None:
+                        pictures.write(photo.image_id, pixels, features, attention, extractor.fingerprint)
                     report.extracted += 1
                     report.features += len(features)
             if progress is not None:
@@ -116,9 +125,3 @@ def extract_photos(
         report.interrupted = True
     report.seconds = time.monotonic() - started
     return report
-
-
-def _features(extractor: Extractor, image_id: str, photo: RgbImage, pictures: AttentionPictures | None) -> Features:
-    if pictures is None:
-        return extractor.extract(photo, extractor.plan.stored_features)
-    return pictures.extract(extractor, image_id, photo)

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import termios
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from test_commands import RUN
@@ -22,16 +23,17 @@ def on_terminal(
     *arguments: object,
     columns: int = 100,
     answers: dict[bytes, bytes] | None = None,
+    program: Sequence[str] = RUN,
     **environment: str,
 ) -> tuple[int, bytes]:
     """Run a command whose input, output and errors are one terminal; returns its exit code and what was printed.
 
-    answers: what the terminal says when it is asked.
+    answers: what the terminal says when it is asked. program: instead of delf-milvus.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, columns * CELL[0], 40 * CELL[1]))
     process = subprocess.Popen(
-        [*RUN, *map(str, arguments)],
+        [*program, *map(str, arguments)],
         cwd=folder,
         env={
             **{name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")},
