@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from delf_milvus.cli.output import say
+
 if TYPE_CHECKING:
     from delf_milvus.ingestion.pipeline import Progress
 
@@ -19,6 +21,7 @@ class Bar:
         self._task: Any = None
         self._what = ""
         self._started = 0.0
+        self._first = 0
 
     def __enter__(self) -> Bar:
         if self._visible:
@@ -59,13 +62,41 @@ class Bar:
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(what, total=total, rate="", failed="")
-            self._what, self._started = what, time.monotonic()
+            self._what, self._started, self._first = what, time.monotonic(), done
         seconds = time.monotonic() - self._started
-        if unit and done and seconds > 0:
-            rate = f"{done / seconds:.1f} {unit}/s"
+        # What was done before, by a run that is gone on with, took none of these seconds.
+        if unit and done > self._first and seconds > 0:
+            rate = f"{(done - self._first) / seconds:.1f} {unit}/s"
         failures = f"{failed} failed" if failed else ""
         self._bar.update(self._task, completed=done, total=total, rate=rate, failed=failures)
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr, above the bar where there is one."""
+        if self._bar is None:
+            say(line)
+        else:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class Watched(Bar):
+    """A bar that a training tells its lines and its progress; with `quiet` neither is shown."""
+
+    def __init__(self, visible: bool, quiet: bool) -> None:
+        super().__init__(visible)
+        self._quiet = quiet
+
+    def __enter__(self) -> Watched:
+        super().__enter__()
+        return self
+
+    def __call__(self, line: str) -> None:
+        if not self._quiet:
+            self.say(line)
+
+    def progress(self, what: str, done: int, total: int, unit: str) -> None:
+        """Show how far it is."""
+        self.count(what, done, total, unit=unit)

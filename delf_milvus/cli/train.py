@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from delf_milvus.cli.output import show_progress
+from delf_milvus.cli.progress import Watched
 from delf_milvus.cli.state import state_of
 from delf_milvus.errors import InputError, UsageError
 
@@ -53,12 +55,16 @@ def _training_extra() -> Iterator[None]:
         raise UsageError("Training needs torchvision: pip install 'delf-milvus[train]'.") from error
 
 
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
+@contextmanager
+def _watched(context: typer.Context) -> Iterator[Watched]:
+    state = state_of(context)
+    with Watched(show_progress(state.quiet, state.json), state.quiet) as watched:
+        yield watched
 
 
 @app.command()
 def finetune(
+    context: typer.Context,
     data: Data,
     out: Out,
     init: Annotated[Path, typer.Option(help="Initial weights: .safetensors, or GluonCV resnet50_v2 as .npz.")],
@@ -88,11 +94,14 @@ def finetune(
         keep_initial=keep_initial,
         seed=seed,
     )
-    typer.echo(run(config, _say))
+    with _watched(context) as say:
+        written = run(config, say)
+    typer.echo(written)
 
 
 @app.command()
 def attention(
+    context: typer.Context,
     data: Data,
     out: Out,
     init: Annotated[Path, typer.Option(help="Weight file of stage one (trunk.safetensors).")],
@@ -121,11 +130,14 @@ def attention(
         learning_rate=learning_rate,
         seed=seed,
     )
-    typer.echo(train_attention(config, _say))
+    with _watched(context) as say:
+        written = train_attention(config, say)
+    typer.echo(written)
 
 
 @app.command()
 def reduction(
+    context: typer.Context,
     data: Data,
     out: Out,
     init: Annotated[Path, typer.Option(help="Weight file of stage two (or one, with --selection norm).")],
@@ -153,11 +165,14 @@ def reduction(
         dim=dim,
         global_dim=global_dim,
     )
-    typer.echo(fit_reduction(config, _say))
+    with _watched(context) as say:
+        written = fit_reduction(config, say)
+    typer.echo(written)
 
 
 @app.command()
 def distill(
+    context: typer.Context,
     data: Annotated[
         list[Path],
         typer.Option("--data", help="Folder of photos, or a CSV file of Google Landmarks; give it again for more."),
@@ -203,7 +218,9 @@ def distill(
         learning_rate=learning_rate,
         seed=seed,
     )
-    typer.echo(run(config, _say))
+    with _watched(context) as say:
+        written = run(config, say)
+    typer.echo(written)
 
 
 @app.command()
@@ -229,5 +246,6 @@ def calibration(
 
     settings = state_of(context).load().settings
     config = CalibrationConfig(data, tuple(fill or ()), matches, frozenset(_names(exclude)))
-    calibrate(config, settings, _say).write(out)
+    with _watched(context) as say:
+        calibrate(config, settings, say).write(out)
     typer.echo(out)

@@ -27,6 +27,7 @@ from delf_milvus.model.spec import ModelSpec
 from delf_milvus.model.trunk import Trunk
 from delf_milvus.training.data import LabelledPhotos, labelled_photos, read_rgb, require_batch, split
 from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
+from delf_milvus.training.watching import tell
 
 Say = Callable[[str], None]
 
@@ -128,6 +129,7 @@ def train_attention(config: AttentionConfig, say: Say = print) -> Path:
             step += 1
             total += loss.item()
             right += int((logits.argmax(1) == labels).sum())
+            tell(say, "attention", step * config.batch, steps * config.batch)
         accuracy = _accuracy(pooling, checks, config.batch, device)
         seen = steps_an_epoch * config.batch
         experiment.log(
@@ -201,6 +203,7 @@ class _FeatureCache:
                     cells.tofile(stream)
                     starts.append(starts[-1] + len(cells))
                     labels.append(label)
+                    tell(say, path.stem, len(labels), views * len(photos.paths))
                 say(f"{path.name}: view {view + 1} of {views} computed")
         return starts, labels
 

@@ -31,6 +31,7 @@ from delf_milvus.training.data import LabelledPhotos, PhotoDataset, require_batc
 from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
 from delf_milvus.training.pruning import Shape, pruned, sources
 from delf_milvus.training.vision import transforms
+from delf_milvus.training.watching import tell
 
 Say = Callable[[str], None]
 
@@ -185,6 +186,7 @@ def _epoch(
         nn.utils.clip_grad_norm_(small.parameters(), 5.0)
         optimizer.step()
         total += loss.item()
+        tell(say, f"epoch {epoch + 1}", number + 1, len(loader), "batches")
         if number % 50 == 0:
             say(f"epoch {epoch + 1}, batch {number} of {len(loader)}: loss {loss.item():.4f}")
     return total / len(loader)

@@ -26,6 +26,7 @@ from delf_milvus.model.trunk import Trunk
 from delf_milvus.training.data import LabelledPhotos, PhotoDataset, labelled_photos, require_batch, split
 from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer, unprefixed
 from delf_milvus.training.vision import transforms
+from delf_milvus.training.watching import tell
 
 Say = Callable[[str], None]
 
@@ -234,6 +235,7 @@ def _train_epoch(
         average.update_parameters(network)
         total += loss.item()
         right += int((logits.argmax(1) == labels).sum())
+        tell(say, "finetune", schedule.step * config.batch, schedule.steps * config.batch)
         if schedule.step % 20 == 0:
             say(f"step {schedule.step}/{schedule.steps} loss {loss.item():.3f}")
     return total / len(loader), right / (len(loader) * config.batch)

@@ -22,6 +22,7 @@ from delf_milvus.model.spec import Selection
 from delf_milvus.settings import DecodeSettings, ExtractSettings
 from delf_milvus.training.data import unlabelled_photos
 from delf_milvus.training.experiment import Experiment
+from delf_milvus.training.watching import tell
 
 Say = Callable[[str], None]
 
@@ -79,6 +80,7 @@ def fit_reduction(config: ReductionConfig, say: Say = print) -> Path:
         features = extractor.extract(pixels, config.features)
         local.add(torch.from_numpy(features.descriptors))
         whole.add(torch.from_numpy(features.global_descriptor.reshape(-1, channels)))
+        tell(say, "reduction", number, len(photos))
         if number % 200 == 0:
             say(f"{number} of {len(photos)} photos")
     if config.global_dim >= whole.count:

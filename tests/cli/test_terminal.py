@@ -140,3 +140,25 @@ def test_a_shortened_text_fits_and_keeps_both_ends(text: str, width: int) -> Non
         head, ellipsis, tail = short.partition("…") if "…" not in text else (short, "", "")
         assert text.startswith(head)
         assert not ellipsis or text.endswith(tail)
+
+
+def test_lines_of_a_training_stay_above_its_bar_and_quiet_shows_neither(tmp_path: Path) -> None:
+    training = (
+        "import sys, time\n"
+        "from delf_milvus.cli.progress import Watched\n"
+        "with Watched('-q' not in sys.argv, '-q' in sys.argv) as watched:\n"
+        "    watched.progress('finetune', 80, 160, 'photos')\n"
+        "    watched('epoch 1: [loss] 0.5')\n"
+        "    time.sleep(0.2)\n"
+        "    watched.progress('finetune', 120, 160, 'photos')\n"
+        "print('done')"
+    )
+    _, printed = on_terminal(tmp_path, columns=100, program=[sys.executable, "-c", training])
+    told = seen(printed)
+    assert "epoch 1: [loss] 0.5\r\n" in told
+    speed = re.search(r"finetune .*120/160 +([0-9.]+) photos/s", told)
+    # The 80 photos of an earlier run are not counted.
+    assert speed
+    assert float(speed[1]) < 210
+    _, printed = on_terminal(tmp_path, "-q", columns=100, program=[sys.executable, "-c", training])
+    assert printed == b"done\r\n"
