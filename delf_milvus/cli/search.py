@@ -146,13 +146,16 @@ def search(
     # Neither JSON nor what a script reads quietly is for looking at, unless somebody says so.
     thumbs = Thumbnails(False if state.json else thumbnails if thumbnails is not None or not state.quiet else False)
     with state.open(stages, any_model=features) as index:
+        remark = ""
         if index.made_elsewhere and not index.calibrated and not state.quiet:
-            say(uncalibrated(index.made_elsewhere))
+            remark = uncalibrated(index.made_elsewhere)
         if explain is not None:
             query = index.read_features(images[0]) if features else images[0]
+            if remark:
+                say(remark)
             _explain(index.explain(query, explain, box=region, filter=filter), state.json)
             return
-        run = _Search(index, state, region, filter, include_unverified, features, out, thumbs, many)
+        run = _Search(index, state, region, filter, include_unverified, features, out, thumbs, many, remark)
         page = None if report is None else index.search_page()
         done = 0
         try:
@@ -209,7 +212,8 @@ def _check_options(
 
 @dataclass
 class _Search:
-    """What is done with each query of a call. matched: all of them so far have a match."""
+    """What is done with each query of a call. remark: told once, before the first answer. matched: all of them so far
+    have a match."""
 
     index: DelfIndex
     state: State
@@ -220,6 +224,7 @@ class _Search:
     out: Path | None
     thumbnails: Thumbnails
     many: bool
+    remark: str
     matched: bool = True
     interrupted: bool = False
     failures: list[str] = field(default_factory=list)
@@ -228,6 +233,9 @@ class _Search:
         """Search for one query, and tell. Of several, one that cannot be read is listed and stops nothing."""
         try:
             query = self.index.read_features(image) if self.features else image
+            if self.remark:
+                say(self.remark)
+                self.remark = ""
             result = self.index.search(
                 query, box=self.box, filter=self.filter, include_unverified=self.include_unverified
             )

@@ -93,7 +93,7 @@ class EvaluationPage:
     def add_queries(self, answered: Sequence[tuple[Query, Answer]], uris: Mapping[str, str]) -> None:
         """Add the best and the worst queries, and false alarms. uris: where the photos of images are, by name."""
         by_name = {query.name: (query, answer) for query, answer in answered}
-        for title, what, names in self._extremes():
+        for title, what, names in self._extremes({name: _margin(*one) for name, one in by_name.items()}):
             self._groups.append(Group(title, what, [self._case(*by_name[name], uris) for name in names]))
         alarms = [
             (query, answer)
@@ -108,7 +108,7 @@ class EvaluationPage:
 
     def add_pairs(self, drawn: Mapping[str, Drawn]) -> None:
         """Add the best and the worst pairs, by name."""
-        for title, what, names in self._extremes():
+        for title, what, names in self._extremes({name: len(one.first_points) for name, one in drawn.items()}):
             self._groups.append(Group(title, what, [self._pair(name, drawn[name]) for name in names]))
 
     def write(self, path: Path, out: Path) -> None:
@@ -136,8 +136,9 @@ class EvaluationPage:
         }
         write_page(path, "evaluation", values)
 
-    def _extremes(self) -> list[tuple[str, str, list[str]]]:
-        """Title, explanation and names of the best and of the worst, by the report's first figure."""
+    def _extremes(self, margins: Mapping[str, float]) -> list[tuple[str, str, list[str]]]:
+        """Title, explanation and names of the best and of the worst, by the report's first figure, and among equal ones
+        by their margins."""
         headline = _headline(self._report)
         if headline is None:
             return []
@@ -146,13 +147,17 @@ class EvaluationPage:
             for name, one in self._report.queries.items()
             if isinstance(value := one.get(headline), int | float)
         }
-        ranked = sorted(values, key=lambda name: (values[name], name))
+        ranked = sorted(values, key=lambda name: (values[name], margins[name], name))
         worst = ranked[: min(_CASES, (len(ranked) + 1) // 2)]
         best = [name for name in reversed(ranked) if name not in worst][:_CASES]
-        kind = "pairs" if self._report.kind == "pairs" else "queries"
+        pairs = self._report.kind == "pairs"
+        kind = "pairs" if pairs else "queries"
+        among = (
+            "; among equal ones, by inliers" if pairs else "; among equal ones, by how much surer right is than wrong"
+        )
         return [
-            (f"Worst {kind}", f"The lowest {headline}, from the lowest up.", worst),
-            *([(f"Best {kind}", f"The highest {headline}.", best)] if best else []),
+            (f"Worst {kind}", f"The lowest {headline}, from the lowest up{among}.", worst),
+            *([(f"Best {kind}", f"The highest {headline}{among}.", best)] if best else []),
         ]
 
     def _said(self, name: str) -> str:
@@ -225,6 +230,14 @@ class EvaluationPage:
             return decode(path, self._limits), ""
         except InputError as error:
             return None, str(error)
+
+
+def _margin(query: Query, answer: Answer) -> float:
+    """How much surer the best right answer is than the best wrong one: -1 to 1."""
+    right = [one.confidence for one in answer.found if one.name in query.truth.relevant]
+    counted = query.truth.relevant | query.truth.junk
+    wrong = [one.confidence for one in answer.found if one.name not in counted]
+    return max(right, default=0.0) - max(wrong, default=0.0)
 
 
 def _clipped(box: Box, photo: RgbImage) -> Box:
