@@ -20,12 +20,14 @@ from delf_milvus.errors import CollectionError, InputError, ModelError, NotFound
 from delf_milvus.featurefiles.arrays import LocalFeatures
 from delf_milvus.featurefiles.formats import read_place
 from delf_milvus.features import Box, Features, Fingerprint, clipped_box
-from delf_milvus.imaging.decode import Source, decode, source_digest
+from delf_milvus.imaging.decode import Source, source_digest
 from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
 from delf_milvus.ingestion.precomputed import gone_features, ingest_features, maker_of, scan_features
 from delf_milvus.ingestion.reindex import ReindexReport, reindex
 from delf_milvus.ingestion.scan import read_listing, scan
-from delf_milvus.matcher import PairResult, PhotoMatcher, draw_match
+from delf_milvus.matcher import PairResult, PhotoMatcher
+from delf_milvus.reporting.pictures import save_hits
+from delf_milvus.reporting.search_page import SearchPage
 from delf_milvus.retrieval.answers import Hit, Named, SearchResult, answer
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.explain import Explanation, explain
@@ -433,29 +435,29 @@ class DelfIndex:
         """Compare two photos; the database is not used. Raises ImageError."""
         return self._matcher.match(first, second)
 
-    def draw_hits(self, photo: Source, result: SearchResult, folder: str | Path) -> list[Path]:
+    def draw_hits(
+        self,
+        photo: Source,
+        result: SearchResult,
+        folder: str | Path,
+        *,
+        box: Box | None = None,
+        sheet: bool = False,
+    ) -> list[Path]:
         """Write one match picture for each hit into `folder`; returns their paths.
 
-        A hit whose photo is no longer where it was ingested from, or is no photo any more, gets no picture. Raises
-        InputError for a folder that cannot be written.
+        box: the part of the photo that was searched for. sheet: add a contact sheet of all. A hit whose photo is no
+        longer where it was ingested from, or is no photo any more, gets no picture. Raises ImageError where the query
+        cannot be decoded, InputError for a folder that cannot be written.
         """
         query = self._matcher.decode(photo)
-        pictures = []
-        for hit in result.hits:
-            path = Path(hit.uri)
-            if not hit.uri:
-                continue
-            try:
-                image = decode(path, self.settings.decode)
-            except InputError as error:
-                log.warning("no picture of hit %d: %s", hit.rank, error)
-                continue
-            out = Path(folder) / f"{hit.rank:03d}_{_file_name(hit.image_id)}.png"
-            verdict = "verified" if hit.verified else "not verified"
-            caption = f"{hit.image_id}: {hit.inliers} inliers, confidence {hit.confidence:.4f}, {verdict}"
-            draw_match(query, image, hit.correspondence, hit.transform, caption, out)
-            pictures.append(out)
-        return pictures
+        if box is not None:
+            box = clipped_box(box, query.shape[1], query.shape[0])
+        return save_hits(query, result, Path(folder), self.settings.decode, box=box, sheet=sheet)
+
+    def search_page(self) -> SearchPage:
+        """An empty page, to which the results of searches in this collection are added: see `SearchPage`."""
+        return SearchPage(f"the collection {self.settings.collection}", self.settings.decode)
 
     def delete(self, image_ids: Sequence[str]) -> list[str]:
         """Delete images; returns the ids that were there. Raises DatabaseError."""
@@ -469,8 +471,16 @@ class DelfIndex:
         """What is stored of one image; raises NotFoundError."""
         record = self._store.records([image_id]).get(image_id)
         if record is None:
-            raise NotFoundError(f"No image {one_line(image_id)} is stored; `delf-milvus list` shows the ids.")
+            meant = self.meant(image_id)
+            raise NotFoundError(
+                f"No image {one_line(image_id)} is stored{meant or '; `delf-milvus list` shows the ids.'}"
+            )
         return record
+
+    def meant(self, image_id: str) -> str:
+        """What to say after an unknown id: ": did you mean a.jpg?", or nothing."""
+        ids = [one_line(one) for one in self._store.similar_ids(image_id)]
+        return f": did you mean {' or '.join(ids)}?" if ids else ""
 
     def export(
         self, folder: str | Path, *, prefix: str = "", progress: Callable[[int, int], None] | None = None
@@ -695,9 +705,3 @@ def _check_maker(found: LocalFeatures, stored: Fingerprint, place: str) -> None:
             f"{one_line(place)} has features of another extractor than the collection ({differences}): search with the "
             "one that it was made with."
         )
-
-
-def _file_name(image_id: str) -> str:
-    stem = image_id.rpartition(".")[0] or image_id
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)
-    return safe.encode()[-150:].decode(errors="ignore")

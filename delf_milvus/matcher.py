@@ -151,26 +151,13 @@ class PhotoMatcher:
     def draw(self, first: Source, second: Source, pair: PairResult, out: Path) -> None:
         """Write a picture of a pair with its inliers; raises UsageError for an unknown suffix."""
         verdict = "match" if pair.matched else "no match"
-        caption = f"{verdict}: {pair.inliers} inliers of {pair.putatives}, confidence {pair.confidence:.4f}"
-        draw_match(self.decode(first), self.decode(second), pair.correspondence, pair.transform, caption, out)
-
-
-def draw_match(
-    query: RgbImage,
-    image: RgbImage,
-    inliers: Correspondence,
-    transform: Transform | None,
-    caption: str,
-    out: Path,
-) -> None:
-    """Write a match picture."""
-    picture = match_picture(
-        query,
-        image,
-        inliers.query_points,
-        inliers.image_points,
-        residuals=inliers.residuals,
-        transform=None if transform is None else np.array(transform),
-        caption=caption,
-    )
-    save_picture(out, picture)
+        picture = match_picture(
+            self.decode(first),
+            self.decode(second),
+            pair.correspondence.query_points,
+            pair.correspondence.image_points,
+            residuals=pair.correspondence.residuals,
+            transform=None if pair.transform is None else np.array(pair.transform),
+            caption=f"{verdict}: {pair.inliers} inliers of {pair.putatives}, confidence {pair.confidence:.4f}",
+        )
+        save_picture(out, picture)

@@ -43,7 +43,7 @@ def calibrate(
     # Told before minutes of work rather than after them.
     if not out.absolute().parent.is_dir():
         raise InputError(f"{one_line(out)} cannot be written: there is no such folder; make it first.")
-    with state.open(any_model=True) as index, counting("calibrate", show_progress(state.quiet)) as progress:
+    with state.open(any_model=True) as index, counting("calibrate", show_progress(state.quiet, state.json)) as progress:
         if not index.made_elsewhere:
             index.require_model()
         calibration, report = recalibrate(index, config, progress)

@@ -7,7 +7,7 @@ import typer
 from delf_milvus.cli.output import data_json, data_table
 from delf_milvus.cli.state import state_of
 
-app = typer.Typer(no_args_is_help=True, help="Settings.")
+app = typer.Typer(no_args_is_help=True, help="Settings.", epilog="Example: delf-milvus config show")
 
 
 @app.callback()

@@ -24,7 +24,7 @@ def export(
     Example: delf-milvus --uri photos.db export backup/
     """
     state = state_of(context)
-    with state.open(any_model=True) as index, counting("export", show_progress(state.quiet)) as progress:
+    with state.open(any_model=True) as index, counting("export", show_progress(state.quiet, state.json)) as progress:
         report = index.export(folder, prefix=prefix, progress=progress)
     if state.json:
         data_json(report.to_dict())
@@ -45,7 +45,10 @@ def import_(
     Example: delf-milvus --uri http://localhost:19530 import backup/
     """
     state = state_of(context)
-    with state.open(create=True, any_model=True) as index, counting("import", show_progress(state.quiet)) as progress:
+    with (
+        state.open(create=True, any_model=True) as index,
+        counting("import", show_progress(state.quiet, state.json)) as progress,
+    ):
         report = index.import_(folder, prefix=prefix, progress=progress)
     if state.json:
         data_json(report.to_dict())

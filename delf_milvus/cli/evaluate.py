@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, data_table, say, show_progress
+from delf_milvus.cli.completion import presets
+from delf_milvus.cli.output import check_page, data_json, data_line, data_table, say, show_progress
+from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import Stages, State, state_of
 from delf_milvus.errors import UsageError, one_line
 
@@ -17,11 +19,12 @@ if TYPE_CHECKING:
     from delf_milvus.evaluation.comparison import Comparison
     from delf_milvus.evaluation.dataset import DataSet
     from delf_milvus.evaluation.report import EvaluationReport
-    from delf_milvus.ingestion.pipeline import Progress
+    from delf_milvus.evaluation.run import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Judge by ground truth. Exit codes: 0 done, 1 some photos could not be read, others as everywhere.",
+    epilog="Example: delf-milvus eval folders photos/ --limit 200 --out report",
 )
 
 Out = Annotated[
@@ -30,9 +33,13 @@ Out = Annotated[
         help="Folder for report.json, pictures, and the result of each query, which a second run goes on from."
     ),
 ]
+Page = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Page of figures, plots, best and worst queries (.html)."),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Queries at most, evenly spread. Default: all")]
 NoIngest = Annotated[bool, typer.Option("--no-ingest", help="Search the collection as it is; store no photos first.")]
-Preset = Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")]
+Preset = Annotated[str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: standard")]
 Candidates = Annotated[int | None, typer.Option(help="Images that are verified, and ranked. Default: 100")]
 Distractors = Annotated[
     list[Path] | None,
@@ -61,6 +68,7 @@ def folders(
     no_ingest: NoIngest = False,
     limit: Limit = None,
     out: Out = _OUT,
+    page: Page = None,
     preset: Preset = None,
     candidates: Candidates = None,
 ) -> None:
@@ -72,7 +80,10 @@ def folders(
     Example: delf-milvus --collection judged eval folders ukbench/ --group 4 --limit 200 --out ukbench-report
     """
     from delf_milvus.evaluation.folders import FoldersConfig, folders_set
+    from delf_milvus.evaluation.run import RunConfig
 
+    if page is not None:
+        check_page(page)
     if instances not in ("folder", "parent"):
         raise UsageError(f"--instances is folder or parent, not {instances!r}.")
     _check_distractors(distractors, no_ingest)
@@ -85,7 +96,7 @@ def folders(
             tuple(no_match or ()),
         )
     )
-    _run(state_of(context), data_set, out, no_ingest, limit, preset, candidates)
+    _run(state_of(context), data_set, RunConfig(out, not no_ingest, limit, page), preset, candidates)
 
 
 @app.command()
@@ -99,6 +110,7 @@ def revisited(
     no_ingest: NoIngest = False,
     limit: Limit = None,
     out: Out = _OUT,
+    page: Page = None,
     preset: Preset = None,
     candidates: Candidates = None,
 ) -> None:
@@ -110,10 +122,13 @@ def revisited(
     Example: delf-milvus --collection roxford eval revisited gnd_roxford5k.pkl oxford/jpg --out roxford-report
     """
     from delf_milvus.evaluation.revisited import RevisitedConfig, revisited_set
+    from delf_milvus.evaluation.run import RunConfig
 
+    if page is not None:
+        check_page(page)
     _check_distractors(distractors, no_ingest)
     data_set = revisited_set(RevisitedConfig(ground_truth, images, tuple(distractors or ())))
-    _run(state_of(context), data_set, out, no_ingest, limit, preset, candidates)
+    _run(state_of(context), data_set, RunConfig(out, not no_ingest, limit, page), preset, candidates)
 
 
 @app.command()
@@ -132,6 +147,7 @@ def landmarks(
     no_ingest: NoIngest = False,
     limit: Limit = None,
     out: Out = _OUT,
+    page: Page = None,
     preset: Preset = None,
     candidates: Candidates = None,
 ) -> None:
@@ -140,14 +156,17 @@ def landmarks(
     Example: delf-milvus eval landmarks test/ --images index/ --retrieval retrieval_solution_v2.1.csv --out gld-report
     """
     from delf_milvus.evaluation.landmarks import LandmarksConfig, landmarks_set
+    from delf_milvus.evaluation.run import RunConfig
 
+    if page is not None:
+        check_page(page)
     if no_ingest == (images is not None):
         raise UsageError("Give --images, the folder of the photos to store, or --no-ingest for those that are stored.")
     if usage is not None and usage.lower() not in ("public", "private"):
         raise UsageError(f"--usage is public or private, not {usage!r}.")
     whose = None if usage is None else usage.lower()
     data_set = landmarks_set(LandmarksConfig(queries, images, retrieval, recognition, labels, whose))
-    _run(state_of(context), data_set, out, no_ingest, limit, preset, candidates)
+    _run(state_of(context), data_set, RunConfig(out, not no_ingest, limit, page), preset, candidates)
 
 
 @app.command()
@@ -159,6 +178,7 @@ def pairs(
     threshold: Annotated[float, typer.Option(min=0, help="Pixels of photo b up to which a match is right.")] = 10.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Pairs at most, evenly spread. Default: all")] = None,
     out: Out = _OUT,
+    page: Page = None,
     preset: Preset = None,
 ) -> None:
     """Match pairs of photos whose geometry is known; no database is used.
@@ -172,12 +192,14 @@ def pairs(
     from delf_milvus.evaluation.pairs import PairsConfig, run_pairs
     from delf_milvus.matcher import PhotoMatcher
 
+    if page is not None:
+        check_page(page)
     state = state_of(context)
     matcher = PhotoMatcher(state.load({"extract": {"preset": preset}}).settings)
-    config = PairsConfig(file, out, threshold, limit)
-    with _interruptible(out), _Bar(show_progress(state.quiet)) as bar:
-        report = run_pairs(matcher, config, bar.matching)
-    _tell(report, state, out)
+    config = PairsConfig(file, out, threshold, limit, page)
+    with _interruptible(out), Bar(show_progress(state.quiet, state.json), "ingest") as bar:
+        report = run_pairs(matcher, config, _counted(bar, "match", "pairs"))
+    _tell(report, state, out, page)
 
 
 @app.command()
@@ -209,32 +231,34 @@ def _check_distractors(distractors: list[Path] | None, no_ingest: bool) -> None:
 def _run(
     state: State,
     data_set: DataSet,
-    out: Path,
-    no_ingest: bool,
-    limit: int | None,
+    config: RunConfig,
     preset: str | None,
     candidates: int | None,
 ) -> None:
-    from delf_milvus.evaluation.run import RunConfig, run
+    from delf_milvus.evaluation.run import run
 
     stages: Stages = {"extract": {"preset": preset}, "search": {"candidates": candidates}}
     with (
-        _interruptible(out),
-        state.open(stages, create=not no_ingest) as index,
-        _Bar(show_progress(state.quiet)) as bar,
+        _interruptible(config.out),
+        state.open(stages, create=config.ingest) as index,
+        Bar(show_progress(state.quiet, state.json), "ingest") as bar,
     ):
         report = run(
             index,
             data_set,
-            RunConfig(out, not no_ingest, limit),
+            config,
             (lambda _: None) if state.quiet else say,
-            ingesting=bar.ingesting,
-            searching=bar.searching,
+            ingesting=bar.update,
+            searching=_counted(bar, "search", "queries"),
         )
-    _tell(report, state, out)
+    _tell(report, state, config.out, config.page)
 
 
-def _tell(report: EvaluationReport, state: State, out: Path) -> None:
+def _counted(bar: Bar, what: str, unit: str) -> Callable[[int, int, int], None]:
+    return lambda done, total, failed: bar.count(what, done, total, failed=failed, unit=unit)
+
+
+def _tell(report: EvaluationReport, state: State, out: Path, page: Path | None) -> None:
     from delf_milvus.evaluation.pairs import CORNER_ERRORS
     from delf_milvus.evaluation.pictures import INLIERS, PRECISION_RECALL, RELIABILITY
     from delf_milvus.evaluation.report import REPORT
@@ -256,7 +280,7 @@ def _tell(report: EvaluationReport, state: State, out: Path) -> None:
             data_line(note)
     if not state.quiet:
         names = (CORNER_ERRORS,) if report.kind == "pairs" else (PRECISION_RECALL, INLIERS, RELIABILITY)
-        for path in (out / name for name in (REPORT, *names)):
+        for path in (*(out / name for name in (REPORT, *names)), *([] if page is None else [page])):
             if path.is_file():
                 say(f"written: {one_line(path)}")
     if report.failures:
@@ -296,45 +320,3 @@ def _interruptible(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"Interrupted: what was stored and answered stays in {one_line(out)}; run the same command again to go on.")
         raise typer.Exit(130) from None
-
-
-class _Bar:
-    """A progress bar on stderr: what is done now, of how much."""
-
-    def __init__(self, visible: bool) -> None:
-        self._visible = visible
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> _Bar:
-        if self._visible:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-        return self
-
-    def ingesting(self, progress: Progress) -> None:
-        self._show("ingest", progress.done, progress.total)
-
-    def searching(self, done: int, total: int) -> None:
-        self._show("search", done, total)
-
-    def matching(self, done: int, total: int) -> None:
-        self._show("match", done, total)
-
-    def _show(self, what: str, done: int, total: int) -> None:
-        if self._bar is None:
-            return
-        if self._task is None or self._bar.tasks[-1].description != what:
-            # A task of its own, or the time left would be that of the work before.
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(what)
-        self._bar.update(self._task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

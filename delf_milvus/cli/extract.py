@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delf_milvus.cli.ingest import Bar
+from delf_milvus.cli.completion import formats, presets
 from delf_milvus.cli.output import data_json, data_line, say, show_progress
+from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import Stages, state_of
 from delf_milvus.errors import UsageError, one_line
 
@@ -20,32 +21,51 @@ if TYPE_CHECKING:
 def extract(
     context: typer.Context,
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders (searched recursively) or photos.")],
-    out: Annotated[Path, typer.Option(help="Folder of the feature files; for hloc also the .h5 file itself.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the feature files; for hloc also the .h5 file itself.")
+    ] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of pictures: each photo's keypoints and its attention map."),
+    ] = None,
     format: Annotated[
-        str, typer.Option(help="npz or delf (one file a photo), or hloc (one .h5 file, features.h5 in a folder).")
+        str,
+        typer.Option(
+            autocompletion=formats,
+            help="npz or delf (one file a photo), or hloc (one .h5 file, features.h5 in a folder).",
+        ),
     ] = "npz",
     id_prefix: Annotated[str, typer.Option(help="Put before the name of every photo.")] = "",
-    preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: standard")
+    ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Features of a photo at most. Default: the preset's")] = None,
 ) -> None:
-    """Write the features of photos into files, for other pipelines or for `ingest --features`.
+    """Write the features of photos into files, for other pipelines or for `ingest --features`, and pictures of them.
 
     What is there already is left alone; photos that fail are listed, and the exit code is 1.
 
     Example: delf-milvus extract photos/ --out features/ --format hloc
+
+    Example: delf-milvus extract tower.jpg --show attention/
     """
     from delf_milvus.featurefiles.folder import FeatureFolder
-    from delf_milvus.ingestion.extraction import extract_photos
+    from delf_milvus.ingestion.extraction import AttentionPictures, extract_photos
     from delf_milvus.ingestion.scan import scan
     from delf_milvus.matcher import PhotoMatcher
 
+    if out is None and show is None:
+        raise UsageError("Say what to write: --out DIR for feature files, --show DIR for pictures, or both.")
     state = state_of(context)
     stages: Stages = {"extract": {"preset": preset, "stored_features": count}}
     matcher = PhotoMatcher(state.load(stages).settings)
-    folder = FeatureFolder(out, _format(format), matcher.fingerprint)
+    folder = None if out is None else FeatureFolder(out, _format(format), matcher.fingerprint)
+    pictures = None if show is None else AttentionPictures(show)
     scanned = scan(paths, id_prefix=id_prefix, follow_links=matcher.settings.ingest.follow_links)
-    with Bar(show_progress(state.quiet), "extract") as bar:
-        report = extract_photos(scanned, folder, lambda: matcher.extractor, matcher.settings, progress=bar.update)
+    with Bar(show_progress(state.quiet, state.json), "extract") as bar:
+        report = extract_photos(
+            scanned, folder, lambda: matcher.extractor, matcher.settings, pictures=pictures, progress=bar.update
+        )
     _tell(report, state.json)
     if report.interrupted:
         say("Interrupted: what was written stays; run the same command again to go on.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from delf_milvus.cli.output import data_json, data_line, data_table, flat, say, show_progress
+from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import State, state_of
 from delf_milvus.errors import UsageError, one_line
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from delf_milvus.settings import Profile
     from delf_milvus.store.indexing import BuildProgress
 
-app = typer.Typer(no_args_is_help=True, help="The index of the descriptors.")
+app = typer.Typer(
+    no_args_is_help=True, help="The index of the descriptors.", epilog="Example: delf-milvus index status"
+)
 
 
 def _profiles(names: list[str] | None) -> list[Profile]:
@@ -42,8 +45,12 @@ def build(
     """
     state = state_of(context)
     (asked,) = _profiles([profile]) if profile is not None else (None,)
-    with state.open(any_model=True) as index, _Bar("build", show_progress(state.quiet)) as bar:
-        index.build_index(asked, bar.build)
+    with state.open(any_model=True) as index, Bar(show_progress(state.quiet, state.json)) as bar:
+
+        def tell(progress: BuildProgress) -> None:
+            bar.count(progress.step, progress.indexed, progress.total or None)
+
+        index.build_index(asked, tell)
         values = index.index_status()
     _tell_status(state, values)
 
@@ -149,33 +156,3 @@ def _tell_tuning(report: TuningReport, json: bool) -> None:
     data_line(report.recommended_toml)
     data_line("or in the environment:")
     data_line(report.recommended_environment)
-
-
-class _Bar:
-    """A progress bar on stderr: rows in the index, of all."""
-
-    def __init__(self, task: str, visible: bool) -> None:
-        self._name = task
-        self._visible = visible
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> _Bar:
-        if self._visible:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(self._name, total=None)
-        return self
-
-    def build(self, progress: BuildProgress) -> None:
-        if self._bar is not None:
-            total = progress.total or None
-            self._bar.update(self._task, description=progress.step, completed=progress.indexed, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

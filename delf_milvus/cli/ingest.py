@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from delf_milvus.cli.completion import presets
 from delf_milvus.cli.output import data_json, data_line, say, show_progress
+from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import Stages, state_of
 from delf_milvus.errors import UsageError, one_line
 
 if TYPE_CHECKING:
-    from delf_milvus.ingestion.pipeline import IngestReport, Progress
+    from delf_milvus.ingestion.pipeline import IngestReport
 
 
 def ingest(
@@ -36,7 +38,9 @@ def ingest(
     tenant_field: Annotated[
         str | None, typer.Option(help="Field that keeps tenants apart (see --tenant), for a new collection.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: standard")
+    ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Features kept of a photo. Default: the preset's")] = None,
     features: Annotated[
         bool, typer.Option("--features", help="PATH are feature files (.npz, .delf, .h5), or folders of them.")
@@ -61,7 +65,7 @@ def ingest(
     }
     with (
         state.open(stages, create=not dry_run, any_model=features) as index,
-        Bar(show_progress(state.quiet), "ingest") as bar,
+        Bar(show_progress(state.quiet, state.json), "ingest") as bar,
     ):
         options: dict[str, Any] = {"id_prefix": id_prefix, "ids_from": ids_from, "prune": prune, "dry_run": dry_run}
         if features:
@@ -101,42 +105,3 @@ def _tell(report: IngestReport, json: bool, quiet: bool, dry_run: bool) -> None:
         f"{report.removed} {would}removed, {report.failed} failed; "
         f"{report.features} features in {report.seconds:.1f} s"
     )
-
-
-class Bar:
-    """A progress bar on stderr: photos done, failures so far, photos a second, time left."""
-
-    def __init__(self, visible: bool, task: str) -> None:
-        self._visible = visible
-        self._name = task
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Bar:
-        if self._visible:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[failed]}"),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self._name, total=None, rate="", failed="")
-        return self
-
-    def update(self, progress: Progress) -> None:
-        if self._bar is not None:
-            rate = f"{progress.extracted / progress.seconds:.1f} photos/s" if progress.seconds > 0 else ""
-            failed = f"{progress.failed} failed" if progress.failed else ""
-            self._bar.update(self._task, completed=progress.done, total=progress.total, rate=rate, failed=failed)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

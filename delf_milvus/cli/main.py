@@ -27,6 +27,7 @@ from delf_milvus.cli import (
     search,
     train,
 )
+from delf_milvus.cli.examples import examples_last
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
@@ -37,6 +38,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Find the photos that show the same thing, with proof: DELF local features on Milvus.",
     epilog=(
+        "Example: delf-milvus ingest photos/\n\n"
+        "Example: delf-milvus search query.jpg --out matches/\n\n"
         "Exit codes: 0 done, or a match; 1 no match, some files failed, or fsck found damage; 2 usage; "
         "3 database unreachable, or a doctor's check failed; "
         "4 collection and model do not fit; 5 unreadable input; 130 interrupted."
@@ -59,6 +62,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(train.app, name="train")
 app.add_typer(model.app, name="model")
+examples_last(app)
 
 
 def _version(wanted: bool) -> None:

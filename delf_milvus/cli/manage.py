@@ -11,6 +11,8 @@ from delf_milvus.cli.output import data_json, data_line, data_table, flat, say, 
 from delf_milvus.cli.state import state_of
 from delf_milvus.errors import one_line
 
+_EXPLAINED = 3  # unknown ids: of more, a list is wrong as a whole
+
 
 def status(context: typer.Context) -> None:
     """Show the database, the collection, its index and its model.
@@ -46,6 +48,7 @@ def list_images(
         data_table(
             ("image", "width", "height", "features"),
             ((r.image_id, r.width, r.height, r.feature_count) for r in records),
+            shorten=("image",),
         )
 
 
@@ -73,12 +76,13 @@ def delete(context: typer.Context, image_ids: Annotated[list[str], typer.Argumen
     state = state_of(context)
     with state.open(any_model=True) as index:
         deleted = index.delete(image_ids)
-    missing = [image_id for image_id in image_ids if image_id not in set(deleted)]
+        missing = [image_id for image_id in image_ids if image_id not in set(deleted)]
+        meant = [index.meant(image_id) for image_id in missing[:_EXPLAINED]]
     if state.json:
         data_json({"deleted": deleted, "missing": missing})
     else:
         data_line(f"{len(deleted)} deleted")
-    for image_id in missing:
-        say(f"not stored: {one_line(image_id)}")
+    for number, image_id in enumerate(missing):
+        say(f"not stored: {one_line(image_id)}{meant[number] if number < len(meant) else ''}")
     if missing:
         raise typer.Exit(5)

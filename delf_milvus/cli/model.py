@@ -12,7 +12,11 @@ import typer
 from delf_milvus.cli.output import data_json, data_table, flat, say
 from delf_milvus.cli.state import state_of
 
-app = typer.Typer(no_args_is_help=True, help="Weight files: what is in one, and the official releases as one.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Weight files: what is in one, and the official releases as one.",
+    epilog="Example: delf-milvus model show delf.safetensors",
+)
 
 
 @app.command()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
-from delf_milvus.cli.output import data_json, data_line, data_table, say, show_progress
+from delf_milvus.cli.output import counting, data_json, data_line, data_table, say, show_progress
 from delf_milvus.cli.state import state_of
 from delf_milvus.errors import one_line
 
@@ -50,7 +48,10 @@ def fsck(
     from delf_milvus.store.fsck import REMEDIES
 
     state = state_of(context)
-    with state.open(any_model=True, create=False) as index, _bar(show_progress(state.quiet)) as update:
+    with (
+        state.open(any_model=True, create=False) as index,
+        counting("rows", show_progress(state.quiet, state.json)) as update,
+    ):
         report = index.fsck(repair, update)
     if state.json:
         data_json(report.to_dict())
@@ -62,6 +63,7 @@ def fsck(
                     (f.kind, f.image_id or f"key {f.image_key}", f.rows, f.what, "yes" if f.mended else "no")
                     for f in report.findings
                 ),
+                shorten=("image",),
             )
         data_line(
             f"{len(report.findings)} findings in {report.images} images and {report.features} features, "
@@ -93,17 +95,3 @@ def compact(context: typer.Context) -> None:
         data_json(report.to_dict())
     else:
         data_line(f"{report.what} {report.seconds:.1f} s")
-
-
-@contextmanager
-def _bar(visible: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar of rows on stderr."""
-    if not visible:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("rows")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

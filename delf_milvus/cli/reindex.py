@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delf_milvus.cli.ingest import Bar
+from delf_milvus.cli.completion import presets
 from delf_milvus.cli.output import data_json, data_line, say, show_progress
+from delf_milvus.cli.progress import Bar
 from delf_milvus.cli.state import state_of
 from delf_milvus.errors import one_line
 
@@ -21,7 +22,9 @@ def reindex(
     model: Annotated[
         Path | None, typer.Option(help="Weight file of the new model. Default: the global --model")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="fast, standard or paper. Default: standard")] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: standard")
+    ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Switch without the images whose photo is gone.")
     ] = False,
@@ -41,7 +44,7 @@ def reindex(
     if model is not None:
         state.flags["model"] = str(model)
     stages = {"extract": {"preset": preset}}
-    with state.open(stages, any_model=True) as index, Bar(show_progress(state.quiet), "reindex") as bar:
+    with state.open(stages, any_model=True) as index, Bar(show_progress(state.quiet, state.json), "reindex") as bar:
         report = index.reindex(allow_missing=allow_missing, drop_old=drop_old, progress=bar.update)
     _tell(report, state.json)
     if report.interrupted:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from delf_milvus.cli.output import show_progress
+from delf_milvus.cli.progress import Watched
 from delf_milvus.cli.state import state_of
 from delf_milvus.errors import InputError, UsageError, one_line
 
@@ -19,7 +21,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-app = typer.Typer(no_args_is_help=True, help="Train a model on photos with image-level labels.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Train a model on photos with image-level labels.",
+    epilog="Example: delf-milvus train finetune --data photos/ --init imagenet.npz --out runs/finetune",
+)
 
 Data = Annotated[
     list[Path],
@@ -68,8 +74,11 @@ def _training_extra() -> Iterator[None]:
         raise UsageError(f"Training needs {error.name}: pip install 'delf-milvus[train]'.") from error
 
 
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
+@contextmanager
+def _watched(context: typer.Context) -> Iterator[Watched]:
+    state = state_of(context)
+    with Watched(show_progress(state.quiet, state.json), state.quiet) as watched:
+        yield watched
 
 
 def _tell(path: Path) -> None:
@@ -167,7 +176,10 @@ def finetune(
         validate_queries=validate_queries,
         keep=_choice("--keep", keep, ("last", "best")),
     )
-    _tell(run(config, _say, validation=_validation(context, validate, validate_queries), command=_command(context)))
+    judge = _validation(context, validate, validate_queries)
+    with _watched(context) as say:
+        written = run(config, say, validation=judge, command=_command(context))
+    _tell(written)
 
 
 @app.command()
@@ -220,7 +232,9 @@ def attention(
         keep=_choice("--keep", keep, ("last", "best")),
     )
     judge = _validation(context, validate, validate_queries)
-    _tell(train_attention(config, _say, validation=judge, command=_command(context)))
+    with _watched(context) as say:
+        written = train_attention(config, say, validation=judge, command=_command(context))
+    _tell(written)
 
 
 @app.command()
@@ -262,7 +276,9 @@ def reduction(
         epochs=epochs,
         seed=seed,
     )
-    _tell(fit_reduction(config, _say, command=_command(context)))
+    with _watched(context) as say:
+        written = fit_reduction(config, say, command=_command(context))
+    _tell(written)
 
 
 @app.command()
@@ -313,7 +329,9 @@ def distill(
         learning_rate=learning_rate,
         seed=seed,
     )
-    _tell(run(config, _say, command=_command(context)))
+    with _watched(context) as say:
+        written = run(config, say, command=_command(context))
+    _tell(written)
 
 
 @app.command()
@@ -342,7 +360,8 @@ def calibration(
         raise InputError(f"{one_line(out)} cannot be written: there is no such folder; make it first.")
     settings = state_of(context).load().settings
     config = CalibrationConfig(data, tuple(fill or ()), matches, frozenset(_names(exclude)))
-    measured = calibrate(config, settings, _say)
+    with _watched(context) as say:
+        measured = calibrate(config, settings, say)
     try:
         measured.write(out)
     except OSError as error:

@@ -35,6 +35,7 @@ from delf_milvus.retrieval.matching import match
 from delf_milvus.retrieval.search import Timings, judge_candidates, keypoints
 from delf_milvus.retrieval.verification import verify_many
 from delf_milvus.settings import Settings
+from delf_milvus.training.watching import tell
 
 Say = Callable[[str], None]
 Floats = npt.NDArray[np.float64]
@@ -198,6 +199,7 @@ def fit(
                 sample.related.append(pair_evidence(query, [stored[i].features for i in some], settings))
             others = [i for i in random.integers(0, len(crowd), config.pairs) if crowd[i].thing != one.thing]
             sample.unrelated.append(pair_evidence(query, [stored[i].features for i in others], settings))
+            tell(say, "calibration", number, len(asking), "queries")
             if number % 200 == 0:
                 say(f"{number} of {len(asking)} queries")
     try:

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -21,9 +21,10 @@ from delf_milvus.errors import InputError, UsageError, one_line
 from delf_milvus.evaluation.dataset import About, Value, bad_line
 from delf_milvus.evaluation.journal import Journal, digest_of, size_of
 from delf_milvus.evaluation.metrics import corner_error, epipolar_distances, error_area, transfer_distances
+from delf_milvus.evaluation.page import Drawn, EvaluationPage
 from delf_milvus.evaluation.pictures import corner_errors_picture
 from delf_milvus.evaluation.report import REPORT, EvaluationReport, Facts, made_report
-from delf_milvus.evaluation.run import fingerprint_values, relevant_settings
+from delf_milvus.evaluation.run import Count, fingerprint_values, relevant_settings
 from delf_milvus.imaging.decode import read_file
 from delf_milvus.ingestion.scan import Failure
 from delf_milvus.matcher import PhotoMatcher
@@ -55,13 +56,14 @@ class PairsConfig:
     """How to judge pairs.
 
     file: the pairs. out: folder of the results. threshold: pixels up to which a match is right. limit: pairs at most,
-    evenly spread.
+    evenly spread. page: an HTML file that tells the same with pictures.
     """
 
     file: Path
     out: Path
     threshold: float = 10.0
     limit: int | None = None
+    page: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,7 @@ def read_pairs(path: Path) -> list[Pair]:
     return list(pairs.values())
 
 
-def run_pairs(
-    matcher: PhotoMatcher, config: PairsConfig, progress: Callable[[int, int], None] | None = None
-) -> EvaluationReport:
+def run_pairs(matcher: PhotoMatcher, config: PairsConfig, progress: Count | None = None) -> EvaluationReport:
     """Match every pair, or take it from the journal of an earlier run; writes report.json and a picture.
 
     Raises InputError for a file that is not as `read_pairs` says, and where no pair can be judged.
@@ -114,15 +114,19 @@ def run_pairs(
     settings, fingerprint = relevant_settings(matcher.settings), fingerprint_values(matcher.settings)
     key = {"software": installed_version("delf-milvus"), "fingerprint": fingerprint, "settings": settings}
     values: dict[str, Mapping[str, Value]] = {}
+    drawn: dict[str, Drawn] = {}
     failures: list[Failure] = []
     with Journal(config.out / JOURNAL) as journal:
         for done, pair in enumerate(taken, 1):
             try:
-                values[pair.name] = judge_pair(pair, _matched(matcher, pair, key, journal), config.threshold)
+                matched = _matched(matcher, pair, key, journal)
+                values[pair.name] = judge_pair(pair, matched, config.threshold)
+                if config.page is not None:
+                    drawn[pair.name] = Drawn(pair.first, pair.second, matched.first, matched.second, matched.transform)
             except InputError as error:
                 failures.append(Failure(pair.name, str(error)))
             if progress is not None:
-                progress(done, len(taken))
+                progress(done, len(taken), len(failures))
     notes = [f"{len(taken)} of {len(pairs)} pairs were judged, evenly spread."] if len(taken) < len(pairs) else []
     report = made_report(
         "pairs",
@@ -147,6 +151,10 @@ def run_pairs(
     judged = sum(f"AUC@{THRESHOLDS[0]} px" in one for one in values.values())
     if not corner_errors_picture(errors, judged, config.out / CORNER_ERRORS):
         (config.out / CORNER_ERRORS).unlink(missing_ok=True)
+    if config.page is not None:
+        page = EvaluationPage(report, matcher.settings.decode)
+        page.add_pairs(drawn)
+        page.write(config.page, config.out)
     return report
 
 

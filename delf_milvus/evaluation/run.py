@@ -18,6 +18,7 @@ from typing import Any
 from delf_milvus.errors import InputError, UsageError, one_line
 from delf_milvus.evaluation.dataset import Answer, DataSet, Found, Query, Value, chosen
 from delf_milvus.evaluation.journal import Journal, digest_of, size_of
+from delf_milvus.evaluation.page import EvaluationPage
 from delf_milvus.evaluation.pictures import (
     INLIERS,
     PRECISION_RECALL,
@@ -36,8 +37,8 @@ from delf_milvus.settings import Settings
 
 Say = Callable[[str], None]
 
-Count = Callable[[int, int], None]
-"""Called with what is done and what there is to do."""
+Count = Callable[[int, int, int], None]
+"""Called with what is done, what there is to do, and what failed so far."""
 
 RANKED = 1000
 """Answers that are judged: the most that a search gives. Those beyond its candidates are ranked by votes."""
@@ -51,19 +52,21 @@ class RunConfig:
     """How to run.
 
     out: folder of the results. ingest: store the photos first; else the collection has them. limit: queries at most,
-    of those with a match and of those without, evenly spread.
+    of those with a match and of those without, evenly spread. page: an HTML file that tells the same with pictures.
     """
 
     out: Path
     ingest: bool = True
     limit: int | None = None
+    page: Path | None = None
 
 
 @dataclass(frozen=True)
 class _Collection:
-    """What is searched, by name. digest: of its content."""
+    """What is searched, by name. uris: where the photos are. digest: of its content."""
 
     names: Mapping[str, int]  # how many images have it
+    uris: Mapping[str, str]
     digest: str
     described: dict[str, Any]
 
@@ -110,7 +113,7 @@ def run(
             except (InputError, UsageError) as error:
                 failures.append(Failure(str(query.path), str(error)))
             if searching is not None:
-                searching(done, len(queries))
+                searching(done, len(queries), len(failures))
     values: dict[str, Mapping[str, Value]] = {query.name: data.judge(query, answer) for query, answer in answered}
     report = made_report(
         data.kind,
@@ -139,6 +142,10 @@ def run(
     for draw, name in pictures:
         if not draw(answered, config.out / name):
             (config.out / name).unlink(missing_ok=True)
+    if config.page is not None:
+        page = EvaluationPage(report, index.settings.decode)
+        page.add_queries(answered, collection.uris)
+        page.write(config.page, config.out)
     return report
 
 
@@ -194,6 +201,7 @@ def _collection(index: DelfIndex, data: DataSet) -> _Collection:
     status = index.index_status()
     return _Collection(
         names,
+        {data.name_of(record.image_id): record.uri for record in records},
         digest_of([[record.image_id, record.sha256, record.feature_count] for record in records]),
         {
             "name": index.settings.collection,

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 import uuid
-from bisect import bisect_right
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -16,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from delf_milvus.errors import InputError, UsageError, one_line
-from delf_milvus.features import Float32Array
+from delf_milvus.features import Box, Float32Array
 from delf_milvus.imaging.decode import RgbImage
+from delf_milvus.imaging.lettering import Lettering
 
 _LONGEST = 720  # pixels: two photos beside each other still fit a usual screen
 _LEAST_HEIGHT = 360  # a panorama shall not make its neighbour a stamp
@@ -25,10 +22,6 @@ _LEAST_WIDTH = 240  # nor a tower leave no room for the caption
 _GAP = 12  # around the panels
 _MARGIN = 12  # around the caption
 _OVERHANG = 4  # an outline along the border of the photo shall not lose its outer half
-_FONT_SIZE = 18  # pixels
-_FONT_WEIGHT = 450
-_LINE_HEIGHT = 25
-_MOST_CAPTION = 1200  # characters
 _MOST_LINES = 8
 _BAR = (150, 12)  # width and height of the colour bar
 _SUBPIXEL_BITS = 4
@@ -52,6 +45,7 @@ def match_picture(
     residuals: Float32Array | None,  # (N,)
     transform: NDArray[np.float64] | None,  # (2, 3)
     caption: str,
+    box: Box | None = None,
 ) -> RgbImage:
     """The two photos side by side, with a line from each query keypoint to the image keypoint it matches.
 
@@ -62,6 +56,8 @@ def match_picture(
         the lines from yellow (least) to blue (most), with a legend. None draws all of them yellow.
     transform: (2, 3) float64, from query to image pixels; the query's outline is drawn on the image.
     caption: written below, wrapped; line breaks are kept, what the font lacks is shown as a box.
+    box: x0, y0, x1, y1, the part of the query that was searched for: outlined there, and its outline on the image is
+        drawn instead of the whole query's.
 
     Returns (height, width, 3) uint8 RGB.
     """
@@ -75,11 +71,14 @@ def match_picture(
     starts = _apply(left_view, query_points) + _GAP
     ends = _apply(right_view, image_points) + np.array([right_x, _GAP])
     shares, worst = _shares(residuals, len(starts))
+    # Views, so that an outline ends where the panel does.
+    around = _GAP - _OVERHANG
+    if box is not None:
+        panel = picture[around:-around, around : right_x - around]
+        draw_outline(panel, _apply(left_view, corners(query, box)) + _OVERHANG)
     if transform is not None and np.isfinite(transform).all():
-        # A view, so that the outline ends where the panel does.
-        around = _GAP - _OVERHANG
         panel = picture[around:-around, right_x - _OVERHANG : -around]
-        _draw_outline(panel, _apply(right_view, _apply(transform, _corners(query))) + _OVERHANG)
+        draw_outline(panel, _apply(right_view, _apply(transform, corners(query, box))) + _OVERHANG)
     _draw_matches(picture, starts, ends, _colours(shares), shares)
     return np.vstack([picture, _caption_strip(caption, picture.shape[1], worst)])
 
@@ -102,16 +101,21 @@ def save_picture(path: Path, picture: RgbImage) -> None:
         raise InputError(
             f"{name}: a picture of {picture.shape[1]} x {picture.shape[0]} is no {kind}; use .png."
         ) from error
+    write_file(path, encoded.getvalue())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; missing folders are made. Raises InputError."""
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(encoded.getbuffer())
+            partial.write_bytes(content)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{name} cannot be written: {error.strerror or 'input/output error'}.") from error
+        raise InputError(f"{one_line(path)} cannot be written: {error.strerror or 'input/output error'}.") from error
 
 
 def _common_height(*photos: RgbImage) -> int:
@@ -140,9 +144,11 @@ def _apply(transform: NDArray[np.float64], points: NDArray[np.floating]) -> NDAr
     return points.astype(np.float64) @ transform[:, :2].T + transform[:, 2]
 
 
-def _corners(photo: RgbImage) -> NDArray[np.float64]:
-    right, bottom = photo.shape[1] - 0.5, photo.shape[0] - 0.5
-    return np.array([[-0.5, -0.5], [right, -0.5], [right, bottom], [-0.5, bottom]])
+def corners(photo: RgbImage, box: Box | None = None) -> NDArray[np.float64]:
+    """The corners, (4, 2), of a photo or of a box in it (x0, y0, x1, y1): around its pixels, whose centres lie at
+    integers."""
+    x0, y0, x1, y1 = box or (0, 0, photo.shape[1], photo.shape[0])
+    return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], np.float64) - 0.5
 
 
 def _shares(residuals: Float32Array | None, count: int) -> tuple[NDArray[np.float64], float | None]:
@@ -166,8 +172,9 @@ def _fixed(point: NDArray[np.float64]) -> tuple[int, int]:
     return int(x), int(y)
 
 
-def _draw_outline(panel: RgbImage, corners: NDArray[np.float64]) -> None:
-    if np.abs(corners).max() > _FARTHEST:
+def draw_outline(panel: RgbImage, corners: NDArray[np.float64]) -> None:
+    """Draw a closed line through points (N, 2) of the panel, in place; none for a degenerate transform's."""
+    if not np.abs(corners).max() <= _FARTHEST:
         return
     points = [_fixed(corner) for corner in corners]
     for colour, thickness in ((_CASING, 4), (_PINK, 2)):
@@ -202,71 +209,15 @@ def _draw_matches(
 
 def _caption_strip(caption: str, width: int, worst: float | None) -> RgbImage:
     """The caption and, where there are residuals, their legend, (height, width, 3)."""
-    font = cv2.FontFace("sans")
-
-    def text_width(text: str) -> int:
-        box = cv2.getTextSize((width, _LINE_HEIGHT), text, (0, 0), font, _FONT_SIZE, _FONT_WEIGHT)
-        return int(box[2])  # x, y, width, height
-
-    lines = _wrap(_drawable(caption, font), width - 2 * _MARGIN, text_width)
+    letters = Lettering()
+    lines = letters.wrapped(caption, width - 2 * _MARGIN, _MOST_LINES)
     rows = len(lines) + (worst is not None)
-    strip = np.full((_MARGIN + _LINE_HEIGHT * rows, width, 3), _WHITE, np.uint8)
-    base = _FONT_SIZE
-
-    def write(text: str, x: int, row: int) -> int:
-        cv2.putText(strip, text, (x, base + row * _LINE_HEIGHT), _INK, font, _FONT_SIZE, _FONT_WEIGHT)
-        return x + text_width(text)
-
+    strip = np.full((_MARGIN + letters.line_height * rows, width, 3), _WHITE, np.uint8)
     for row, line in enumerate(lines):
-        write(line, _MARGIN, row)
+        letters.write(strip, line, _MARGIN, letters.size + row * letters.line_height, _INK)
     if worst is not None:
-        x = write("residual  0", _MARGIN, len(lines)) + 10
-        bottom = base + len(lines) * _LINE_HEIGHT
+        bottom = letters.size + len(lines) * letters.line_height
+        x = letters.write(strip, "residual  0", _MARGIN, bottom, _INK) + 10
         strip[bottom - _BAR[1] : bottom, x : x + _BAR[0]] = _colours(np.linspace(0, 1, _BAR[0]))
-        write(f"{worst:.1f} px", x + _BAR[0] + 10, len(lines))
+        letters.write(strip, f"{worst:.1f} px", x + _BAR[0] + 10, bottom, _INK)
     return strip
-
-
-def _drawable(text: str, font: cv2.FontFace) -> str:
-    """The text, truncated to a caption's length, with a box for each character that the font lacks."""
-
-    def looks(character: str) -> bytes:
-        patch = np.zeros((40, 60, 3), np.uint8)
-        cv2.putText(patch, character, (10, 30), _WHITE, font, _FONT_SIZE)
-        return patch.tobytes()
-
-    # The font draws a question mark in place of what it lacks.
-    unknown = looks("?")
-
-    def drawn(character: str) -> str:
-        if character in "?\n":
-            return character
-        if character.isspace():
-            return " "
-        invalid = "\ud800" <= character <= "\udfff"
-        return "□" if invalid or looks(character) == unknown else character
-
-    composed = unicodedata.normalize("NFC", text[:_MOST_CAPTION])
-    return "".join(drawn(character) for character in composed)
-
-
-def _wrap(text: str, width: int, text_width: Callable[[str], int]) -> list[str]:
-    """Lines no wider than `width`: broken between words, and inside of a word that is wider by itself."""
-    lines: list[str] = []
-    for paragraph in text.splitlines():
-        line = ""
-        for word in re.findall(r"\S+\s*", paragraph):
-            if line and text_width(line + word.rstrip()) > width:
-                lines.append(line.rstrip())
-                line = ""
-            rest = word
-            while text_width(rest.rstrip()) > width:
-                beginnings = [rest[:count] for count in range(1, len(rest) + 1)]
-                cut = max(1, bisect_right(beginnings, width, key=text_width))
-                lines.append(rest[:cut])
-                rest = rest[cut:]
-            line += rest
-        lines.append(line.rstrip())
-    if len(lines) > _MOST_LINES:
-        lines = [*lines[: _MOST_LINES - 1], lines[_MOST_LINES - 1][:-1] + "…"]
-    return lines

@@ -9,6 +9,7 @@ pixels that it was trained on.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -25,6 +26,21 @@ from delf_milvus.model.spec import fingerprint_of, resolve, selection_of
 from delf_milvus.settings import ExtractSettings
 
 RgbImage = npt.NDArray[np.uint8]
+
+_MAP_SIDE = 512
+"""Pixels of the longest side of an attention map: finer than the cells of any level that is used."""
+
+
+class _Level(NamedTuple):
+    """One level of the pyramid: scores (n,), maps (n, C), locations (n, 2) and scales (n,) of its cells, row by row;
+    rows and columns of its grid; its scale relative to the region."""
+
+    scores: Tensor
+    maps: Tensor
+    locations: npt.NDArray[np.float32]
+    scales: npt.NDArray[np.float32]
+    grid: tuple[int, int]
+    scale: float
 
 
 class Extractor:
@@ -61,25 +77,58 @@ class Extractor:
         """
         height, width = photo.shape[:2]
         x0, y0, x1, y1 = map(int, clipped_box(box, width, height))
-        region = photo[y0:y1, x0:x1]
-        plan = self.plan
-        shrink = min(1.0, plan.longest_side / max(region.shape[:2]))
         with torch.inference_mode():
-            levels = [level for scale in plan.scales if (level := self._level(region, scale * shrink)) is not None]
-            if not levels:
-                return _no_features(self.fingerprint.dim, width, height)
-            scores = torch.cat([level[0] for level in levels])
-            order = torch.sort(scores, descending=True, stable=True).indices[:count]
-            if self._least_attention is not None:
-                order = order[scores[order] >= self._least_attention]
-            maps = torch.cat([level[1] for level in levels])[order]
-            descriptors = self._reduction(maps).cpu().numpy()
-            global_descriptor = self._global_descriptor([level[1] for level in levels])
-            attention = scores[order].cpu().numpy()
+            return self._selected(self._levels(photo[y0:y1, x0:x1]), count, (x0, y0), (width, height))
+
+    def attended(self, photo: RgbImage, count: int) -> tuple[Features, npt.NDArray[np.float32]]:
+        """What `extract` gives, and the scores of all cells as a map over the photo.
+
+        The map, (h, w) float32, has the photo's shape and at most 512 pixels a side. Each of its pixels is the highest
+        score that a level has there, for levels compete by score alone; between cells it is interpolated. Without a
+        level it is zero.
+        """
+        height, width = photo.shape[:2]
+        with torch.inference_mode():
+            levels = self._levels(photo)
+            features = self._selected(levels, count, (0, 0), (width, height))
+        factor = min(1.0, _MAP_SIDE / max(height, width))
+        shape = max(1, round(height * factor)), max(1, round(width * factor))
+        highest = np.zeros(shape, np.float32)
+        for level in levels:
+            scores = level.scores.float().cpu().numpy().reshape(level.grid)
+            # Where the pixels of the map lie in the grid, whose first cell lies in the photo's first pixel.
+            x, y = (
+                ((np.arange(side) + 0.5) * full / side - 0.5) * (level.scale / self._stride)
+                for side, full in ((shape[1], width), (shape[0], height))
+            )
+            columns, rows = np.meshgrid(x.astype(np.float32), y.astype(np.float32))
+            one = cv2.remap(scores, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            np.maximum(highest, one, out=highest)
+        return features, highest
+
+    def _levels(self, region: RgbImage) -> list[_Level]:
+        """The levels of the pyramid of a region that are not too small."""
+        shrink = min(1.0, self.plan.longest_side / max(region.shape[:2]))
+        levels = (self._level(region, scale * shrink) for scale in self.plan.scales)
+        return [level for level in levels if level is not None]
+
+    def _selected(self, levels: list[_Level], count: int, offset: tuple[int, int], size: tuple[int, int]) -> Features:
+        """The `count` best features of all levels. offset: x, y of the region in the photo of this size."""
+        width, height = size
+        if not levels:
+            return _no_features(self.fingerprint.dim, width, height)
+        scores = torch.cat([level.scores for level in levels])
+        order = torch.sort(scores, descending=True, stable=True).indices[:count]
+        if self._least_attention is not None:
+            order = order[scores[order] >= self._least_attention]
+        maps = torch.cat([level.maps for level in levels])[order]
+        descriptors = self._reduction(maps).cpu().numpy()
+        global_descriptor = self._global_descriptor([level.maps for level in levels])
+        attention = scores[order].cpu().numpy()
         rows = order.cpu().numpy()
-        locations = np.concatenate([level[2] for level in levels])[rows]
-        scales = np.concatenate([level[3] for level in levels])[rows]
-        locations += np.array([x0, y0], np.float32)
+        locations = np.concatenate([level.locations for level in levels])[rows]
+        scales = np.concatenate([level.scales for level in levels])[rows]
+        locations += np.array(offset, np.float32)
         return Features(locations, scales, attention, descriptors, width, height, global_descriptor)
 
     def _global_descriptor(self, maps: list[Tensor]) -> npt.NDArray[np.float32]:
@@ -88,10 +137,8 @@ class Extractor:
             return np.zeros(0, np.float32)
         return np.asarray(self._global_reduction(pooled(maps)[None])[0].cpu().numpy())
 
-    def _level(
-        self, region: RgbImage, scale: float
-    ) -> tuple[Tensor, Tensor, npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
-        """Scores (n,), maps (n, C), locations (n, 2) and scales (n,) of one pyramid level; None if it is too small."""
+    def _level(self, region: RgbImage, scale: float) -> _Level | None:
+        """One level of the pyramid; None if it is too small."""
         pixels = self._resized(region, scale)
         if pixels is None:
             return None
@@ -99,11 +146,13 @@ class Extractor:
         rows, columns = features.shape[2:]
         grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
         locations = (grid * (self._stride / scale)).astype(np.float32)
-        return (
+        return _Level(
             scores.reshape(-1),
             features[0].permute(1, 2, 0).reshape(rows * columns, -1),
             locations,
             np.full(rows * columns, 1 / scale, np.float32),
+            (rows, columns),
+            scale,
         )
 
     def _resized(self, region: RgbImage, scale: float) -> Tensor | None:

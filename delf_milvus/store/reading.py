@@ -10,10 +10,13 @@ others wrote a moment ago.
 
 from __future__ import annotations
 
+import difflib
 import heapq
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,8 @@ _FEATURE_KEYS = 10_000
 _FEATURE_BYTES = 30_000_000
 _PAGE = 10000
 _SAMPLED = 100
+_SUGGESTED = 3
+_ALIKE = 0.7  # of difflib's ratio: below, it is another id rather than a slip
 
 
 class StoreReader(AttachedCollections):
@@ -274,6 +279,29 @@ class StoreReader(AttachedCollections):
         chosen = sorted(found) if limit is None else heapq.nsmallest(limit, found)
         for start in range(0, len(chosen), _KEYS):
             yield from self._records([key for _, key in chosen[start : start + _KEYS]], facts).values()
+
+    def similar_ids(self, image_id: str) -> Ids:
+        """At most three stored ids that an unknown one may be meant for, the most likely first.
+
+        Images of the same file name in any folder, then ids that read alike, of those that start with the same folder,
+        with the same character, or anyhow: 10,000 of each at most are looked at, so that it takes no longer in a large
+        collection.
+        """
+        facts = self._attach()
+        if facts is None:
+            return []
+        tenant = [condition] if (condition := self._of_tenant(facts)) else []
+        folder, slash, _ = image_id.rpartition("/")
+        looked: dict[str, None] = {}
+        for prefix in dict.fromkeys((folder + slash, image_id[:1], "")):
+            rows = self._scan(" and ".join([*tenant, *_starting(prefix)]))
+            looked |= dict.fromkeys(row["image_id"] for row in itertools.islice(rows, _PAGE))
+        name = PurePosixPath(image_id).name.casefold()
+        alike = [one for one in looked if PurePosixPath(one).name.casefold() == name]
+        folded = {one.casefold(): one for one in looked}
+        close = difflib.get_close_matches(image_id.casefold(), folded, n=_SUGGESTED, cutoff=_ALIKE)
+        alike += [folded[one] for one in close]
+        return list(dict.fromkeys(alike))[:_SUGGESTED]
 
     def count_images(self) -> int:
         """Images in the collection."""

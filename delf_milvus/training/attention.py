@@ -54,6 +54,7 @@ from delf_milvus.training.export import earlier, export, names, with_stage
 from delf_milvus.training.precision import Arithmetic
 from delf_milvus.training.processes import Processes, processes
 from delf_milvus.training.retrieval import Judged, Keep, Validation, require_apart
+from delf_milvus.training.watching import tell
 
 Say = Callable[[str], None]
 
@@ -229,6 +230,7 @@ class _Run:
             self.arithmetic.step(loss, self.optimizer)
             total += loss.item()
             right += int((logits.argmax(1) == labels).sum())
+            tell(self.say, "attention", (step + 1) * config.batch, config.epochs * seen)
         loss_sum, answers = here.total([total / here.count, float(right)])
         seconds = time.monotonic() - started
         correct, asked = here.total(_correct(self.pooling, self.checks, self.share, self.arithmetic, here))
@@ -329,6 +331,7 @@ class _FeatureCache:
                     cells = features[0].permute(1, 2, 0).reshape(-1, self._channels).half().cpu().numpy()
                     cells.tofile(stream)
                     starts.append(starts[-1] + len(cells))
+                    tell(say, path.stem, len(starts) - 1, self._views * len(own))
                 say(f"{path.name}: view {view + 1} of {self._views} computed")
         return starts
 

@@ -40,6 +40,7 @@ from delf_milvus.training.export import earlier, export, names, with_stage
 from delf_milvus.training.processes import started
 from delf_milvus.training.pruning import Shape, pruned, sources
 from delf_milvus.training.vision import transforms
+from delf_milvus.training.watching import tell
 
 Say = Callable[[str], None]
 
@@ -209,6 +210,7 @@ def _epoch(
         nn.utils.clip_grad_norm_(small.parameters(), 5.0)
         optimizer.step()
         total += loss.item()
+        tell(say, f"epoch {epoch + 1}", number + 1, len(loader), "batches")
         if number % 50 == 0:
             say(f"epoch {epoch + 1}, batch {number} of {len(loader)}: loss {loss.item():.4f}")
     return total / len(loader)

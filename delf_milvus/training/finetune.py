@@ -55,6 +55,7 @@ from delf_milvus.training.precision import Arithmetic
 from delf_milvus.training.processes import Processes, processes
 from delf_milvus.training.retrieval import Judged, Keep, Validation, require_apart
 from delf_milvus.training.vision import transforms
+from delf_milvus.training.watching import tell
 
 Say = Callable[[str], None]
 Head = Literal["softmax", "arcface"]
@@ -296,6 +297,8 @@ class _Run:
             self.average.update_parameters(self.network)
             total += loss.item()
             right += int((logits.argmax(1) == labels).sum())
+            seen, all_steps = self.schedule.step * self.config.batch, self.schedule.steps * self.config.batch
+            tell(self.say, "finetune", seen, all_steps)
             if self.schedule.step % 20 == 0:
                 self.say(f"step {self.schedule.step}/{self.schedule.steps} loss {loss.item():.3f}")
         return total, right

@@ -27,6 +27,7 @@ from delf_milvus.training.data import unlabelled_photos
 from delf_milvus.training.experiment import Experiment
 from delf_milvus.training.export import earlier, export, names, save_unreduced, with_stage
 from delf_milvus.training.processes import started
+from delf_milvus.training.watching import tell
 
 Say = Callable[[str], None]
 Method = Literal["pca", "autoencoder"]
@@ -158,6 +159,7 @@ def _describe(photos: list[Path], model: Path, config: ReductionConfig, say: Say
         if config.method == "autoencoder":
             found.descriptors.append(descriptors.half())
         found.photos += 1
+        tell(say, "reduction", number, len(photos))
         if number % 200 == 0:
             say(f"{number} of {len(photos)} photos")
     return found

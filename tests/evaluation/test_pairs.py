@@ -108,9 +108,9 @@ def test_pairs_are_matched_once_and_judged_by_the_truth(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
     matcher = PhotoMatcher(Settings(extract={"preset": "fast"}))  # type: ignore[arg-type]
-    counted: list[tuple[int, int]] = []
+    counted: list[tuple[int, int, int]] = []
     report = run_pairs(matcher, PairsConfig(file, tmp_path / "out"), lambda *count: counted.append(count))
-    assert counted == [(1, 3), (2, 3), (3, 3)]
+    assert counted == [(1, 3, 0), (2, 3, 0), (3, 3, 1)]
     good, bad = report.queries["a.png b.png"], report.queries["b.png a.png"]
     assert isinstance(good["matching precision"], float)
     # Keypoints lie on a grid of 16 pixels, and a match is right within 10.

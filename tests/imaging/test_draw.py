@@ -246,3 +246,25 @@ def test_a_target_that_is_a_folder_is_an_input_error_and_leaves_nothing(tmp_path
 def test_a_picture_too_large_for_its_format_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is no WEBP; use \.png"):
         save_picture(tmp_path / "wide.webp", plain(20_000, 2))
+
+
+def test_the_part_that_was_searched_for_is_outlined_on_both_photos() -> None:
+    transform = np.array([[0.5, 0, 100], [0, 0.5, 50]])
+    picture = match_picture(
+        plain(400, 400),
+        plain(400, 400),
+        NO_POINTS,
+        NO_POINTS,
+        residuals=None,
+        transform=transform,
+        caption="",
+        box=(100, 0, 300, 200),
+    )
+    scale, right = 720 / 400, 12 + 720 + 12
+    for side, (x0, y0, x1, y1) in (
+        (picture[:, :738], (12 + 100 * scale, 12, 12 + 300 * scale, 12 + 200 * scale)),
+        (picture[:, 738:], (right - 738 + 150 * scale, 12 + 50 * scale, right - 738 + 250 * scale, 12 + 150 * scale)),
+    ):
+        rows, columns = np.nonzero(coloured(side))
+        assert (columns.min(), columns.max()) == pytest.approx((x0, x1), abs=4)
+        assert (rows.min(), rows.max()) == pytest.approx((y0, y1), abs=4)

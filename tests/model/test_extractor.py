@@ -158,3 +158,33 @@ def test_the_fingerprint_tells_models_and_pyramids_apart(model: Path, tmp_path: 
     # How many features are kept changes none of them.
     assert one == extractor(model, stored_features=7).fingerprint
     assert one == extractor(model, min_attention=0.5).fingerprint
+
+
+def test_the_attention_map_has_each_keypoints_score_at_its_place(model: Path) -> None:
+    photo = make_photo(3)
+    one = extractor(model, scales=(1.0,))
+    features, attention = one.attended(photo, 4096)
+    assert features.digest == one.extract(photo, 4096).digest
+    assert attention.shape == photo.shape[:2]
+    columns, rows = features.locations.astype(int).T
+    np.testing.assert_allclose(attention[rows, columns], features.attention, rtol=1e-4)
+    # Between two cells it lies between their scores.
+    between = attention[0, :17]
+    assert between.min() >= min(between[0], between[16]) - 1e-4
+    assert between.max() <= max(between[0], between[16]) + 1e-4
+
+
+def test_the_attention_map_is_the_highest_of_all_levels_at_a_bounded_size(model: Path) -> None:
+    photo = make_photo(4, 1200, 300)
+    one = extractor(model, scales=(0.5, 1.0), longest_side=1200)
+    features, attention = one.attended(photo, 4096)
+    assert attention.shape == (128, 512)
+    half, _ = extractor(model, scales=(0.5,), longest_side=1200).attended(photo, 4096)
+    assert attention.max() >= 0.9 * max(float(features.attention[0]), float(half.attention[0]))
+    assert attention.max() <= float(features.attention[0]) * (1 + 1e-5)
+
+
+def test_a_photo_smaller_than_a_cell_has_an_empty_attention_map(model: Path) -> None:
+    features, attention = extractor(model).attended(np.zeros((5, 7, 3), np.uint8), 100)
+    assert len(features) == 0
+    np.testing.assert_array_equal(attention, np.zeros((5, 7), np.float32))

@@ -665,6 +665,17 @@ def test_no_text_breaks_out_of_its_quotes(filled: FeatureStore, text: str) -> No
     assert [row["image_id"] for row in found] == ["img/00003.jpg"]
 
 
+def test_ids_that_may_have_been_meant(store: FeatureStore) -> None:
+    assert store.similar_ids("tower.jpg") == []
+    names = ["holidays/tower.jpg", "holidays/towers.jpg", "holidays/beach.jpg", "work/Tower.jpg", "work/plan.png"]
+    store.write([(ImageRecord(name), random_features(RNG, 0)) for name in names])
+    assert store.similar_ids("holidays/twoer.jpg")[0] == "holidays/tower.jpg"
+    # The same file name comes first, whatever folder it lies in and however it is written.
+    assert set(store.similar_ids("elsewhere/tower.JPG")[:2]) == {"holidays/tower.jpg", "work/Tower.jpg"}
+    assert store.similar_ids("hoIidays/beech.jpg")[0] == "holidays/beach.jpg"
+    assert store.similar_ids("q'\"uite\\ another") == store.similar_ids("") == []
+
+
 def test_collections_released_or_dropped_meanwhile(store: FeatureStore) -> None:
     items = random_items(1, 1, 5)
     store.write(items)

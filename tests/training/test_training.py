@@ -323,3 +323,29 @@ def test_selection_by_attention_needs_a_head(trunk: Path, data: Path, tmp_path: 
         say=lambda _: None,
     )
     assert Extractor(model, ExtractSettings()).selection == "norm"
+
+
+class Listener:
+    """Keeps what a training tells."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.told: list[tuple[str, int, int, str]] = []
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+
+    def progress(self, what: str, done: int, total: int, unit: str) -> None:
+        self.told.append((what, done, total, unit))
+
+
+def test_a_watcher_hears_how_far_a_training_is(data: Path, initial: Path, attended: Path, tmp_path: Path) -> None:
+    tuning, fitting = Listener(), Listener()
+    finetune(config(data, initial, tmp_path / "finetune", epochs=2), say=tuning)
+    fit_reduction(ReductionConfig(data=(data,), out=tmp_path / "model", init=attended, dim=8, global_dim=0), fitting)
+    for listener, what in ((tuning, "finetune"), (fitting, "reduction")):
+        names, done, totals, units = zip(*listener.told, strict=True)
+        assert (set(names), set(units), len(set(totals))) == ({what}, {"photos"}, 1)
+        assert list(done) == sorted(set(done))
+        assert done[-1] == totals[0]
+        assert listener.lines
