@@ -2,8 +2,9 @@
 
     python -m delf_milvus.schemas schemas/
 
-writes one file for each; `make schemas` does that for the folder of the repository, and a test keeps it current. An
-import checks its manifest against the class that the manifest's schema is made from.
+writes one file for each, and the reference pages of commands and settings beside them; `make schemas` does that for
+the folder of the repository, and a test keeps it current. An import checks its manifest against the class that the
+manifest's schema is made from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, create_model
 
+from delf_milvus import reference
 from delf_milvus.errors import UsageError
 from delf_milvus.evaluation.comparison import Comparison
 from delf_milvus.evaluation.report import EvaluationReport
@@ -56,13 +58,13 @@ def schemas() -> dict[str, dict[str, Any]]:
 
 
 def write(folder: Path) -> list[Path]:
-    """Write all schemas into a folder, which must exist; returns their paths."""
-    paths = []
+    """Write all schemas and reference pages into a folder, which must exist; returns their paths in order."""
+    paths = reference.write(folder)
     for name, schema in schemas().items():
         path = folder / f"{name}.schema.json"
         path.write_text(json.dumps(schema, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         paths.append(path)
-    return paths
+    return sorted(paths)
 
 
 def _printed(kind: type[Any], without: tuple[str, ...] = (), **more: Any) -> type[Any]:
