@@ -83,30 +83,40 @@ class _Stage(BaseModel):
 class DecodeSettings(_Stage):
     """Limits on what is decoded: photos come from strangers."""
 
-    max_pixels: int = Field(100_000_000, ge=1, description="Declared width x height above which a photo is refused.")
-    max_bytes: int = Field(200_000_000, ge=1, description="File size, in bytes, above which a photo is refused.")
+    max_pixels: int = Field(
+        default=100_000_000, ge=1, description="Declared width x height above which a photo is refused."
+    )
+    max_bytes: int = Field(
+        default=200_000_000, ge=1, description="File size, in bytes, above which a photo is refused."
+    )
 
 
 class ExtractSettings(_Stage):
     """How features are extracted. Fields left at None take the preset's value."""
 
-    preset: Preset = Field("standard", description="Cost level: fast, standard or paper.")
-    longest_side: int | None = Field(None, ge=32, le=8192, description="Pixels; larger photos are shrunk to it.")
-    scales: tuple[float, ...] | None = Field(None, description="Pyramid scales, relative to the shrunk photo.")
-    stored_features: int | None = Field(None, ge=1, le=4096, description="Most features stored for an image.")
-    query_features: int | None = Field(None, ge=1, le=4096, description="Most features of a query photo.")
-    runtime: Runtime = Field(
-        "torch", description="Library that computes the network; openvino (CPU only) needs the extra of that name."
+    preset: Preset = Field(default="standard", description="Cost level: fast, standard or paper.")
+    longest_side: int | None = Field(
+        default=None, ge=32, le=8192, description="Pixels; larger photos are shrunk to it."
     )
-    device: Device = Field("auto", description="Where it computes; auto is the GPU where torch sees one.")
+    scales: tuple[float, ...] | None = Field(default=None, description="Pyramid scales, relative to the shrunk photo.")
+    stored_features: int | None = Field(default=None, ge=1, le=4096, description="Most features stored for an image.")
+    query_features: int | None = Field(default=None, ge=1, le=4096, description="Most features of a query photo.")
+    runtime: Runtime = Field(
+        default="torch",
+        description="Library that computes the network; openvino (CPU only) needs the extra of that name.",
+    )
+    device: Device = Field(default="auto", description="Where it computes; auto is the GPU where torch sees one.")
     precision: Precision = Field(
-        "auto", description="Arithmetic of the network; auto is bf16 where the processor computes it faster, or fp32."
+        default="auto",
+        description="Arithmetic of the network; auto is bf16 where the processor computes it faster, or fp32.",
     )
     selection: Literal["model", "attention", "norm"] = Field(
-        "model", description="How cells are scored; model is what the weight file says retrieves better."
+        default="model", description="How cells are scored; model is what the weight file says retrieves better."
     )
     min_attention: float | None = Field(
-        None, ge=0, description="Score below which a cell is no feature; its range is the model's. None: no bar."
+        default=None,
+        ge=0,
+        description="Score below which a cell is no feature; its range is the model's. None: no bar.",
     )
 
     @field_validator("scales")
@@ -137,69 +147,94 @@ class ExtractSettings(_Stage):
 class TlsSettings(_Stage):
     """Certificates of a connection to an https:// address, PEM files. Without any, public authorities are trusted."""
 
-    ca: Path | None = Field(None, description="Certificate of the authority that signed the server's certificate.")
-    cert: Path | None = Field(None, description="Client certificate, where the server asks for one; needs key and ca.")
-    key: Path | None = Field(None, description="Private key of the client certificate.")
-    server_name: str = Field("", description="Name in the server's certificate, where it is not that of the address.")
+    ca: Path | None = Field(
+        default=None, description="Certificate of the authority that signed the server's certificate."
+    )
+    cert: Path | None = Field(
+        default=None, description="Client certificate, where the server asks for one; needs key and ca."
+    )
+    key: Path | None = Field(default=None, description="Private key of the client certificate.")
+    server_name: str = Field(
+        default="", description="Name in the server's certificate, where it is not that of the address."
+    )
 
 
 class StoreSettings(_Stage):
     """How the database is reached and used."""
 
-    db_name: str = Field("", description="Database on the server; empty is what the address names, or the default.")
-    user: str = Field("", description="User of the server; instead of a token.")
-    password: SecretStr = Field(SecretStr(""), description="That user's password.")
+    db_name: str = Field(
+        default="", description="Database on the server; empty is what the address names, or the default."
+    )
+    user: str = Field(default="", description="User of the server; instead of a token.")
+    password: SecretStr = Field(default=SecretStr(""), description="That user's password.")
     tls: TlsSettings = TlsSettings()
     consistency: Literal["strong", "session", "bounded", "eventually"] = Field(
-        "session",
+        default="session",
         description="What searches see: session is what this process wrote, and of others all but the last moments; "
         "strong waits for everything; bounded and eventually wait for nothing. What decides a write is always strong.",
     )
-    profile: Profile = Field("auto", description="Index of the descriptors; auto picks by backend and size.")
+    profile: Profile = Field(default="auto", description="Index of the descriptors; auto picks by backend and size.")
     nlist: int | None = Field(
-        None, ge=1, le=65536, description="Lists of an IVF index in each segment; chosen from its rows by default."
+        default=None,
+        ge=1,
+        le=65536,
+        description="Lists of an IVF index in each segment; chosen from its rows by default.",
     )
     m: int | None = Field(
-        None, ge=1, le=4096, description="Sub-vectors of an IVF_PQ code, a divisor of the components; half by default."
+        default=None,
+        ge=1,
+        le=4096,
+        description="Sub-vectors of an IVF_PQ code, a divisor of the components; half by default.",
     )
     # Servers accept more than 8 bits, and then never finish to build.
-    nbits: int | None = Field(None, ge=1, le=8, description="Bits of a sub-vector of an IVF_PQ code; 8 by default.")
+    nbits: int | None = Field(
+        default=None, ge=1, le=8, description="Bits of a sub-vector of an IVF_PQ code; 8 by default."
+    )
     nprobe: int = Field(
-        32, ge=1, le=65536, description="Lists an IVF or SCANN index visits in each segment for each descriptor."
+        default=32,
+        ge=1,
+        le=65536,
+        description="Lists an IVF or SCANN index visits in each segment for each descriptor.",
     )
     ef: int | None = Field(
-        None, ge=1, le=32768, description="Candidates HNSW and DISKANN keep; 128 or the neighbours by default."
+        default=None, ge=1, le=32768, description="Candidates HNSW and DISKANN keep; 128 or the neighbours by default."
     )
     refine: float = Field(
-        2.0, ge=1, le=100, description="Times the neighbours that SCANN compares once more with exact vectors."
+        default=2.0, ge=1, le=100, description="Times the neighbours that SCANN compares once more with exact vectors."
     )
-    timeout: float = Field(60.0, gt=0, description="Seconds before a call to the database fails.")
+    timeout: float = Field(default=60.0, gt=0, description="Seconds before a call to the database fails.")
     fields: dict[str, str] = Field(
         default_factory=dict,
         description='Fields that searches can be filtered by, for a new collection: {"year": "integer=0"}; the types '
         "are text, integer, number and boolean.",
     )
-    tenant_field: str = Field("", description="Text field that keeps tenants apart, for a new collection.")
-    tenant: str = Field("", description="Whose images are read, written and searched; none: a search sees all.")
+    tenant_field: str = Field(default="", description="Text field that keeps tenants apart, for a new collection.")
+    tenant: str = Field(default="", description="Whose images are read, written and searched; none: a search sees all.")
     retry_seconds: float = Field(
-        15.0,
+        default=15.0,
         ge=0,
         description="Seconds that a call is repeated while the database is away or busy: a restart may pass unseen.",
     )
     batch_bytes: int = Field(
-        8_000_000, ge=100_000, le=60_000_000, description="Bytes of one write; a message may have at most 64 MB."
+        default=8_000_000,
+        ge=100_000,
+        le=60_000_000,
+        description="Bytes of one write; a message may have at most 64 MB.",
     )
     bulk_storage: str = Field(
-        "",
+        default="",
         description="Folder, or s3://bucket/prefix, that the server reads too: large writes go as files. Empty: off.",
     )
     bulk_path: str = Field(
-        "", description="How the server calls bulk_storage. Empty: the same folder, or the prefix in its bucket."
+        default="",
+        description="How the server calls bulk_storage. Empty: the same folder, or the prefix in its bucket.",
     )
     bulk_from: int = Field(
-        500_000, ge=1, description="Feature rows from which a write goes as files; each such write waits ten seconds."
+        default=500_000,
+        ge=1,
+        description="Feature rows from which a write goes as files; each such write waits ten seconds.",
     )
-    bulk_timeout: float = Field(3600.0, gt=0, description="Seconds before an import of files counts as failed.")
+    bulk_timeout: float = Field(default=3600.0, gt=0, description="Seconds before an import of files counts as failed.")
 
     @field_validator("bulk_storage")
     @classmethod
@@ -212,66 +247,79 @@ class StoreSettings(_Stage):
 class IngestSettings(_Stage):
     """How a folder becomes rows."""
 
-    on_error: Literal["skip", "stop"] = Field("skip", description="What a photo that fails does to the run.")
-    decode_threads: int = Field(2, ge=1, le=64, description="Threads that read and decode ahead of the network.")
-    queue: int = Field(8, ge=1, le=1024, description="Decoded photos that wait, at most: bounds memory.")
-    follow_links: bool = Field(True, description="Descend into linked folders (each real folder once).")
+    on_error: Literal["skip", "stop"] = Field(default="skip", description="What a photo that fails does to the run.")
+    decode_threads: int = Field(
+        default=2, ge=1, le=64, description="Threads that read and decode ahead of the network."
+    )
+    queue: int = Field(default=8, ge=1, le=1024, description="Decoded photos that wait, at most: bounds memory.")
+    follow_links: bool = Field(default=True, description="Descend into linked folders (each real folder once).")
 
 
 class SearchSettings(_Stage):
     """How candidates are found and answers ranked."""
 
-    top: int = Field(10, ge=1, le=MOST_ANSWERS, description="Answers at most.")
+    top: int = Field(default=10, ge=1, le=MOST_ANSWERS, description="Answers at most.")
     per_region: int = Field(
-        0, ge=0, description="Verified answers at most for each thing that the query shows; 0: no limit."
+        default=0, ge=0, description="Verified answers at most for each thing that the query shows; 0: no limit."
     )
-    candidates: int = Field(100, ge=1, le=1000, description="Images that are verified, best first.")
-    neighbours: int = Field(120, ge=1, le=1000, description="Nearest descriptors fetched for each query descriptor.")
+    candidates: int = Field(default=100, ge=1, le=1000, description="Images that are verified, best first.")
+    neighbours: int = Field(
+        default=120, ge=1, le=1000, description="Nearest descriptors fetched for each query descriptor."
+    )
     mode: Literal["full", "hits"] = Field(
-        "full", description="full matches against all stored descriptors of a candidate, hits only the neighbours."
+        default="full",
+        description="full matches against all stored descriptors of a candidate, hits only the neighbours.",
     )
     parts: bool = Field(
-        False, description="Search for five overlapping parts of the photo too: finds small things, in six searches."
+        default=False,
+        description="Search for five overlapping parts of the photo too: finds small things, in six searches.",
     )
     turned: bool = Field(
-        False, description="Search for the photo turned by 90, 180 and 270 degrees too, in four searches."
+        default=False, description="Search for the photo turned by 90, 180 and 270 degrees too, in four searches."
     )
     expand: int = Field(
-        0,
+        default=0,
         ge=0,
         le=10,
         description="Surest answers whose features join the query for a second look: finds more, in twice the time.",
     )
     agreement: int = Field(
-        0,
+        default=0,
         ge=0,
         le=10,
         description="Surest answers that are compared with all candidates too, and have a say.",
     )
     inlier_weight: float = Field(
-        0.75, ge=0, description="Weight of the inliers beside the votes, each divided by its mean over the best five."
+        default=0.75,
+        ge=0,
+        description="Weight of the inliers beside the votes, each divided by its mean over the best five.",
     )
     global_weight: float = Field(
-        0.25, ge=0, description="Weight of the global descriptor beside the votes, divided likewise; 0: not asked for."
+        default=0.25,
+        ge=0,
+        description="Weight of the global descriptor beside the votes, divided likewise; 0: not asked for.",
     )
     similar_images: int = Field(
-        1000, ge=2, le=16384, description="Images that are fetched by their global descriptor, the most similar ones."
+        default=1000,
+        ge=2,
+        le=16384,
+        description="Images that are fetched by their global descriptor, the most similar ones.",
     )
 
 
 class VerifySettings(_Stage):
     """When a match counts as geometric evidence."""
 
-    similarity: float = Field(0.6, ge=-1, le=1, description="Least cosine similarity of a putative match.")
+    similarity: float = Field(default=0.6, ge=-1, le=1, description="Least cosine similarity of a putative match.")
     residual: float = Field(
-        25.0, gt=0, description="Most distance of an inlier, pixels of a photo with a longest side of 640."
+        default=25.0, gt=0, description="Most distance of an inlier, pixels of a photo with a longest side of 640."
     )
-    min_inliers: int = Field(5, ge=3, description="Inliers below which an affine transform proves nothing.")
-    homography: bool = Field(False, description="Refine the transform of verified answers to a homography.")
+    min_inliers: int = Field(default=5, ge=3, description="Inliers below which an affine transform proves nothing.")
+    homography: bool = Field(default=False, description="Refine the transform of verified answers to a homography.")
     max_false_alarm: float = Field(
-        0.01, gt=0, lt=1, description="Share of queries without a match that may be answered with one."
+        default=0.01, gt=0, lt=1, description="Share of queries without a match that may be answered with one."
     )
-    calibration: str = Field("", description="File that `calibrate` wrote; empty: the model's own calibration.")
+    calibration: str = Field(default="", description="File that `calibrate` wrote; empty: the model's own calibration.")
 
 
 class Settings(BaseSettings):
@@ -282,11 +330,11 @@ class Settings(BaseSettings):
     )
 
     uri: str = Field(
-        "delf_milvus.db", description="Path, ending in .db, of an embedded database; or http(s)://host:port."
+        default="delf_milvus.db", description="Path, ending in .db, of an embedded database; or http(s)://host:port."
     )
-    token: SecretStr = Field(SecretStr(""), description="Token, or user:password, of a server.")
-    collection: str = Field("delf", description="Name that both collections start with.")
-    model: str = Field("bundled", description='Weight file (.safetensors), or "bundled".')
+    token: SecretStr = Field(default=SecretStr(""), description="Token, or user:password, of a server.")
+    collection: str = Field(default="delf", description="Name that both collections start with.")
+    model: str = Field(default="bundled", description='Weight file (.safetensors), or "bundled".')
     decode: DecodeSettings = DecodeSettings()
     extract: ExtractSettings = ExtractSettings()
     store: StoreSettings = StoreSettings()
