@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format schemas clean
+.PHONY: demo test check format schemas licences clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py --out demo
@@ -32,6 +32,19 @@ $(VENV)/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
+
+# Of all that users install, every extra included, in an environment of its own: some gigabytes to download.
+USERS := $(shell sed -n '/^\[project.optional-dependencies\]/,/^\[project.scripts\]/s/^\([a-z0-9]*\) = \[.*/\1/p' pyproject.toml | grep -vx -e test -e check | paste -sd,)
+
+licences:
+	$(PYTHON) -m venv --clear build/licences
+	build/licences/bin/python -m pip install --quiet '.[$(USERS)]' pip-licenses
+	{ \
+	  printf '# Licences of what is installed\n\n'; \
+	  printf 'What `pip install "delf-milvus[%s]"` brings on Linux x86-64, as each package says itself; ' '$(USERS)'; \
+	  printf 'written by `make licences`. The bundled model: [NOTICE](../NOTICE).\n\n'; \
+	  build/licences/bin/pip-licenses --from=mixed --format=markdown --no-version --with-urls --ignore-packages delf-milvus; \
+	} > schemas/licences.md
 
 clean:
 	rm -rf $(VENV) demo build dist

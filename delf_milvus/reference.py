@@ -7,6 +7,7 @@ are read from what Typer was given, and not from what it makes of it, which diff
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -317,7 +318,9 @@ def _exit_codes() -> Iterator[str]:
             raised.setdefault(kind.exit_code, []).append(f"`{name}`")
     yield "| code | meaning | exceptions in Python |"
     yield "| --- | --- | --- |"
-    for part in str(app.info.epilog).removeprefix("Exit codes: ").rstrip(".").split("; "):
+    found = re.search(r"Exit codes: ([^.]*)\.", str(app.info.epilog))
+    assert found, "the program's help names its exit codes"
+    for part in " ".join(found[1].split()).split("; "):
         code, _, meaning = part.partition(" ")
         yield _row((code, meaning, ", ".join(raised.get(int(code), []))))
 
