@@ -43,7 +43,8 @@ licences:
 	  printf '# Licences of what is installed\n\n'; \
 	  printf 'What `pip install "delf-milvus[%s]"` brings on Linux x86-64, as each package says itself; ' '$(USERS)'; \
 	  printf 'written by `make licences`. The bundled model: [NOTICE](../NOTICE).\n\n'; \
-	  build/licences/bin/pip-licenses --from=mixed --format=markdown --no-version --with-urls --ignore-packages delf-milvus; \
+	  build/licences/bin/pip-licenses --from=mixed --format=markdown --no-version --with-urls --ignore-packages delf-milvus \
+	    | sed -E 's/ +\|/ |/g; s/-{3,}/---/g'; \
 	} > schemas/licences.md
 
 clean:

@@ -181,14 +181,17 @@ def test_its_types_are_those_that_a_strict_reader_sees(installed: Path, tmp_path
     assert "assert-type" in run(sys.executable, "-m", "mypy", "--strict", *python, "wrong.py", cwd=tmp_path, code=1)
 
 
-def test_every_dependency_of_users_is_in_the_table_of_licences_and_none_is_copyleft() -> None:
+def test_every_dependency_of_users_is_in_the_table_of_licences() -> None:
+    """None of them asks that what uses it be published: a library's own licence (LGPL, MPL) or an exception may."""
     rows = re.findall(
-        r"^\| (\S+) +\| ([^|]+?) +\|", (ROOT / "schemas/licences.md").read_text(encoding="utf-8"), re.MULTILINE
+        r"^\| (\S+) \| ([^|]+?) \|", (ROOT / "schemas/licences.md").read_text(encoding="utf-8"), re.MULTILINE
     )
-    table = {name.lower().replace("_", "-"): licence for name, licence in rows[2:]}
+    table = {name.lower().replace("_", "-"): licence for name, licence in rows[1:]}
     extras = {name: extra for name, extra in PROJECT["optional-dependencies"].items() if name not in FOR_DEVELOPERS}
+    here = {"python_version": "3.11", "sys_platform": "linux", "platform_machine": "x86_64"}
     for text in [*PROJECT["dependencies"], *(text for extra in extras.values() for text in extra)]:
-        name = Requirement(text).name.lower().replace("_", "-")
-        assert name in table or name == "delf-milvus", f"run `make licences`: {name} is missing"
+        wanted = Requirement(text)
+        if wanted.name != PROJECT["name"] and (wanted.marker is None or wanted.marker.evaluate(here)):
+            assert wanted.name.lower().replace("_", "-") in table, f"run `make licences`: {wanted.name} is missing"
     for name, licence in table.items():
-        assert not re.search(r"\b[AL]?GPL|copyleft", licence, re.IGNORECASE), f"{name}: {licence}"
+        assert not re.search(r"\bA?GPL(?!\S* WITH)|(Affero|GNU) General Public", licence), f"{name}: {licence}"
