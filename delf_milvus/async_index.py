@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ from delf_milvus.retrieval.search import Judgement, asks_globally, judge
 from delf_milvus.retrieval.second_look import agreed, looked_twice, widened
 from delf_milvus.retrieval.shortlist import NOBODY, Shortlist, shortlist
 from delf_milvus.retrieval.voting import vote
-from delf_milvus.settings import Settings
+from delf_milvus.settings import SearchSettings, Settings, VerifySettings
 from delf_milvus.store import connection
 from delf_milvus.store.asynchronous import AsyncReads, Blocking, ClientLoop, run_in
 from delf_milvus.store.filters import Filter
@@ -67,6 +68,7 @@ class AsyncDelfIndex:
         self._home = home
         self._running: set[Future[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
+        self._opened = self
         store, timeout = index.store, index.settings.store.timeout
         loop = home.loop if home else asyncio.get_running_loop()
         self._reads = None if client is None else AsyncReads(store, client, loop, self._in_thread, timeout)
@@ -140,6 +142,20 @@ class AsyncDelfIndex:
     def settings(self) -> Settings:
         """The settings that the index was opened with."""
         return self._index.settings
+
+    def searching(self, search: SearchSettings | None = None, verify: VerifySettings | None = None) -> AsyncDelfIndex:
+        """This index with other settings for searches alone; it closes with this one."""
+        other = copy.copy(self)
+        other._index = self._index.searching(search, verify)
+        return other
+
+    async def load_model(self) -> None:
+        """Load the network now instead of at the first photo. Raises ModelError."""
+        await self._in_thread(self._index.load_model)
+
+    async def count_images(self) -> int:
+        """Images in the collection, as the database says now. Raises DatabaseError."""
+        return await self._in_thread(self._index.store.count_images)
 
     async def search(
         self,
@@ -249,9 +265,11 @@ class AsyncDelfIndex:
         """Delete images, in a thread as `add` does; returns the ids that were there. Raises DatabaseError."""
         return await self._in_thread(self._index.delete, image_ids)
 
-    async def list(self, prefix: str = "", limit: int | None = None) -> list[ImageRecord]:
-        """The stored images whose id starts with `prefix`, in order of their ids."""
-        return await self._in_thread(self._index.list, prefix, limit)
+    async def list(
+        self, prefix: str = "", limit: int | None = None, *, after: str = "", filter: Filter = ""
+    ) -> list[ImageRecord]:
+        """The stored images whose id starts with `prefix`, in order of their ids; arguments as of `DelfIndex.list`."""
+        return await self._in_thread(self._index.list, prefix, limit, after=after, filter=filter)
 
     async def show(self, image_id: str) -> ImageRecord:
         """What is stored of one image; raises NotFoundError."""
@@ -289,7 +307,7 @@ class AsyncDelfIndex:
                 await self._home.close()
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        if self._closing is not None:
+        if self._opened._closing is not None:
             raise DatabaseError("This index has been closed; open it again.")
         return await _run(self._pool, functools.partial(function, *arguments, **options), self._running)
 

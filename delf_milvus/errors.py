@@ -52,5 +52,29 @@ class ImageError(InputError):
     """The bytes are not a photo that can be decoded within the limits."""
 
 
+class ImageFormatError(ImageError):
+    """The bytes are of no format of photos that is read."""
+
+
+class ImageTooLargeError(ImageError):
+    """A photo has more bytes or pixels than the limits allow."""
+
+
 class NotFoundError(InputError):
     """No image with that id is in the collection."""
+
+
+class ServiceError(DelfMilvusError):
+    """A service (`delf-milvus serve`) refused or failed a request.
+
+    status: of HTTP, 0 where nothing answered. kind: the service's name of the situation. retry_after: seconds after
+    which it asks to be asked again, or None.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, status: int = 0, kind: str = "unreachable", retry_after: float | None = None):
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.retry_after = retry_after

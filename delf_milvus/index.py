@@ -5,6 +5,7 @@ The only file in which model, store and retrieval meet.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.retrieval.explain import Explanation, explain
 from delf_milvus.retrieval.search import Candidate, Judgement, Timings, judge_candidates, shortlisted
 from delf_milvus.retrieval.views import View, joined, views_of
-from delf_milvus.settings import MOST_ANSWERS, Profile, SearchSettings, Settings
+from delf_milvus.settings import MOST_ANSWERS, Profile, SearchSettings, Settings, VerifySettings
 from delf_milvus.store.connection import Connection
 from delf_milvus.store.doctor import Check, examine
 from delf_milvus.store.feature_store import FeatureStore
@@ -117,6 +118,17 @@ class DelfIndex:
             any_model=any_model,
             made_by=made_by,
         )
+
+    def searching(self, search: SearchSettings | None = None, verify: VerifySettings | None = None) -> DelfIndex:
+        """This index with other settings for searches alone, over the same database and model; never closed itself."""
+        given = {"search": search, "verify": verify}
+        other = copy.copy(self)
+        other.settings = self.settings.model_copy(update={name: one for name, one in given.items() if one is not None})
+        return other
+
+    def load_model(self) -> None:
+        """Load the network now instead of at the first photo. Raises ModelError."""
+        _ = self._matcher.extractor
 
     @property
     def made_elsewhere(self) -> str:
@@ -463,9 +475,14 @@ class DelfIndex:
         """Delete images; returns the ids that were there. Raises DatabaseError."""
         return self._store.delete(image_ids)
 
-    def list(self, prefix: str = "", limit: int | None = None) -> list[ImageRecord]:
-        """The stored images whose id starts with `prefix`, in order of their ids."""
-        return list(self._store.list(prefix=prefix, limit=limit))
+    def list(
+        self, prefix: str = "", limit: int | None = None, *, after: str = "", filter: Filter = ""
+    ) -> list[ImageRecord]:
+        """The stored images whose id starts with `prefix`, in order of their ids.
+
+        after: only ids beyond this one, to go on from an earlier listing. filter: as of `search`; raises UsageError.
+        """
+        return list(self._store.list(prefix=prefix, limit=limit, after=after, where=filter))
 
     def show(self, image_id: str) -> ImageRecord:
         """What is stored of one image; raises NotFoundError."""

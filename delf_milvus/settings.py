@@ -322,6 +322,40 @@ class VerifySettings(_Stage):
     calibration: str = Field(default="", description="File that `calibrate` wrote; empty: the model's own calibration.")
 
 
+class ServiceSettings(_Stage):
+    """`delf-milvus serve`: where it listens, who may ask, and how much."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; beyond this machine only with keys.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0: any that is free.")
+    read_keys: SecretStr = Field(SecretStr(""), description="Keys that may search and read, separated by commas.")
+    write_keys: SecretStr = Field(SecretStr(""), description="Keys that may also add and delete, likewise.")
+    insecure: bool = Field(False, description="Listen beyond this machine without keys: whoever reaches it may write.")
+    trusted_proxies: str = Field(
+        "", description="Addresses of proxies, separated by commas, whose X-Forwarded-For names the client."
+    )
+    photos: tuple[Path, ...] = Field((), description="Folders of stored photos that may be shown; none: no photos.")
+    uploads: Path | None = Field(
+        None, description="Folder that added photos are kept in, and shown from; none: only their features are kept."
+    )
+    show_uris: bool = Field(False, description="Answers say where on this machine a photo lies.")
+    threads: int = Field(2, ge=1, le=256, description="Photos that are computed at once.")
+    queue: int = Field(64, ge=0, le=100_000, description="Photos that wait for a thread, at most; more are refused.")
+    queue_each: int = Field(32, ge=0, le=100_000, description="Of these, those of one key or address at most.")
+    requests_per_minute: int = Field(1200, ge=0, description="Of each key, or address without one; 0: no limit.")
+    connections: int = Field(512, ge=1, description="Requests at once, of any kind; more are refused.")
+    max_photo_bytes: int = Field(20_000_000, ge=1, description="Bytes of an uploaded photo.")
+    max_body_bytes: int = Field(100_000_000, ge=1, description="Bytes of a request with several photos.")
+    max_photos: int = Field(32, ge=1, le=1000, description="Photos of one request.")
+    max_pixels: int = Field(50_000_000, ge=1, description="Pixels of an uploaded photo; at most decode.max_pixels.")
+    buffer_bytes: int = Field(500_000_000, ge=1, description="Bytes of all uploads in memory; more are refused.")
+    head_seconds: float = Field(10.0, gt=0, description="Seconds in which the head of a request must arrive.")
+    body_seconds: float = Field(60.0, gt=0, description="Seconds in which its body must arrive.")
+    request_seconds: float = Field(
+        60.0, gt=0, description="Seconds before an answer counts as too late, with its wait."
+    )
+    drain_seconds: float = Field(30.0, gt=0, description="Seconds that requests have to end when the service stops.")
+
+
 class Settings(BaseSettings):
     """All settings. The constructor reads arguments and defaults alone; `load` reads every source."""
 
@@ -341,6 +375,7 @@ class Settings(BaseSettings):
     ingest: IngestSettings = IngestSettings()
     search: SearchSettings = SearchSettings()
     verify: VerifySettings = VerifySettings()
+    service: ServiceSettings = ServiceSettings()
 
     def with_database(self, uri: str | None, token: str | None) -> Settings:
         """A copy with another database and token, where they are given."""

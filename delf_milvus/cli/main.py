@@ -25,6 +25,7 @@ from delf_milvus.cli import (
     operate,
     reindex,
     search,
+    serve,
     train,
 )
 from delf_milvus.cli.examples import examples_last
@@ -50,6 +51,7 @@ app.command("extract")(extract.extract)
 app.command("reindex")(reindex.reindex)
 app.command("search")(search.search)
 app.command("match")(search.match)
+app.command("serve")(serve.serve)
 app.command("calibrate")(calibrate.calibrate)
 for command in (manage.status, manage.list_images, manage.show, manage.delete):
     app.command(command.__name__.removesuffix("_images"))(command)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from PIL.Image import Transpose
 
-from delf_milvus.errors import ImageError, InputError, one_line
+from delf_milvus.errors import ImageError, ImageFormatError, ImageTooLargeError, InputError, one_line
 from delf_milvus.settings import DecodeSettings
 
 RgbImage: TypeAlias = NDArray[np.uint8]  # (H, W, 3)
@@ -157,7 +157,7 @@ def _check_size(width: int, height: int, limits: DecodeSettings, name: str) -> N
     if width < 1 or height < 1:
         raise ImageError(f"{name} has no pixels ({width} x {height}).")
     if width * height > limits.max_pixels:
-        raise ImageError(
+        raise ImageTooLargeError(
             f"{name} has {width} x {height} pixels, more than the limit of {limits.max_pixels:,}; "
             "shrink it, or raise the setting decode.max_pixels."
         )
@@ -186,7 +186,7 @@ def _open(data: bytes, name: str) -> ImageFile.ImageFile:
                 raise
             except Exception as error:
                 raise ImageError(f"{name} is not a photo, or its header is damaged.") from error
-    raise ImageError(f"{name} is not a photo of a supported format; convert it to JPEG, PNG or WebP.")
+    raise ImageFormatError(f"{name} is not a photo of a supported format; convert it to JPEG, PNG or WebP.")
 
 
 def _decode_image(image: Image.Image, limits: DecodeSettings, name: str) -> RgbImage:
@@ -211,7 +211,7 @@ def _as_image_errors(name: str) -> Iterator[None]:
     except MemoryError as error:
         raise ImageError(f"{name} needs more memory to decode than there is; shrink it.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(
+        raise ImageTooLargeError(
             f"{name} has more pixels than Pillow accepts; shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except Exception as error:

@@ -258,13 +258,20 @@ class StoreReader(AttachedCollections):
         return found
 
     def list(
-        self, prefix: str = "", limit: int | None = None, root: str | None = None, after: str = ""
+        self,
+        prefix: str = "",
+        limit: int | None = None,
+        root: str | None = None,
+        after: str = "",
+        where: Filter = "",
     ) -> Iterator[ImageRecord]:
         """The images in the order of their ids.
 
         prefix: only ids that start so. limit: at most so many. root: only images ingested from this folder. after: only
-        ids beyond this one, to go on from an earlier listing. With a tenant set, only that tenant's images.
-        Memory holds one id for each image that is listed.
+        ids beyond this one, to go on from an earlier listing. where: only images that meet this; see `filters`. With a
+        tenant set, only that tenant's images. Memory holds one id for each image that is listed.
+
+        Raises UsageError for a filter that does not fit the collection.
         """
         facts = self._attach()
         if facts is None:
@@ -275,6 +282,8 @@ class StoreReader(AttachedCollections):
             conditions.append(f"root == {quoted(root)}")
         if after:
             conditions.append(f"image_id > {quoted(after)}")
+        if filtered := expression(where, facts.declared):
+            conditions.append(f"({filtered})")
         found = ((row["image_id"], int(row["image_key"])) for row in self._scan(" and ".join(conditions)))
         chosen = sorted(found) if limit is None else heapq.nsmallest(limit, found)
         for start in range(0, len(chosen), _KEYS):
