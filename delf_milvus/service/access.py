@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 
 from delf_milvus.errors import UsageError
-from delf_milvus.service.problems import Refusal
+from delf_milvus.service.problems import RefusedError
 from delf_milvus.settings import ServiceSettings
 
 Role = Literal["read", "write"]
@@ -84,13 +84,13 @@ def check_same_site(headers: Headers, names: frozenset[str] | None) -> None:
     """Refuse what a page of another site sends. names: the only accepted names of this host; None: any."""
     host = headers.get("host", "")
     if names is not None and _name(host) not in names:
-        raise Refusal(
+        raise RefusedError(
             403, "host_not_allowed", "This service without keys answers to the names of its own machine only."
         )
     origin = headers.get("origin")
     foreign = origin is not None and urlsplit(origin).netloc != host
     if foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-        raise Refusal(403, "foreign_origin", "Requests of pages from another site are refused.")
+        raise RefusedError(403, "foreign_origin", "Requests of pages from another site are refused.")
 
 
 class RateLimit:
@@ -101,7 +101,7 @@ class RateLimit:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, client: str) -> None:
-        """Count one request; raises Refusal where the bucket is empty."""
+        """Count one request; raises RefusedError where the bucket is empty."""
         if not self._most:
             return
         now = time.monotonic()
@@ -112,7 +112,7 @@ class RateLimit:
             self._buckets.popitem(last=False)
         if left < 1:
             wait = (1 - left) * 60 / self._most
-            raise Refusal(429, "rate_limited", "Too many requests in a minute; wait as Retry-After says.", wait)
+            raise RefusedError(429, "rate_limited", "Too many requests in a minute; wait as Retry-After says.", wait)
 
 
 def _digests(name: str, keys: SecretStr) -> list[bytes]:

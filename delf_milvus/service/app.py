@@ -13,7 +13,7 @@ from starlette.responses import Response
 from delf_milvus.errors import DatabaseError, DelfMilvusError
 from delf_milvus.service.core import Service, log
 from delf_milvus.service.door import Door
-from delf_milvus.service.problems import Refusal, refusal_of
+from delf_milvus.service.problems import RefusedError, refusal_of
 from delf_milvus.service.routes import router, sentence_of
 
 _KINDS = {404: "not_found", 405: "method_not_allowed", 400: "bad_request"}
@@ -35,7 +35,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.include_router(router(service))
 
-    def refused(request: Request, refusal: Refusal) -> Response:
+    def refused(request: Request, refusal: RefusedError) -> Response:
         request.state.visit.kind = refusal.kind
         return refusal.response()
 
@@ -51,14 +51,14 @@ def create_app(service: Service) -> FastAPI:
         what = {404: "There is nothing at this path.", 405: "This path does not take that method."}
         answer = refused(
             request,
-            Refusal(error.status_code, kind, what.get(error.status_code, f"{str(error.detail).rstrip(chr(46))}.")),
+            RefusedError(error.status_code, kind, what.get(error.status_code, f"{str(error.detail).rstrip(chr(46))}.")),
         )
         answer.headers.update(error.headers or {})
         return answer
 
     async def of_options(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return refused(request, Refusal(422, "invalid_argument", sentence_of(error.errors())))
+        return refused(request, RefusedError(422, "invalid_argument", sentence_of(error.errors())))
 
     handlers: dict[Any, Any] = {
         DelfMilvusError: of_ours, HTTPException: of_http, RequestValidationError: of_options,

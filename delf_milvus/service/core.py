@@ -19,7 +19,7 @@ from delf_milvus.errors import DelfMilvusError
 from delf_milvus.service.access import Keys, RateLimit, Role, is_loopback
 from delf_milvus.service.meters import Meters
 from delf_milvus.service.photos import PhotoFolders
-from delf_milvus.service.problems import ClientGoneError, Refusal
+from delf_milvus.service.problems import ClientGoneError, RefusedError
 from delf_milvus.service.queue import FairQueue, QueueFullError
 from delf_milvus.settings import Settings
 
@@ -100,7 +100,7 @@ class Service:
         A request whose client leaves or whose time is up while it waits costs nothing. What has begun is carried to its
         end, as a thread cannot be stopped, and keeps its turn until then.
 
-        Raises Refusal (429 with a full queue, 504), ClientGoneError, and what the work raises.
+        Raises RefusedError (429 with a full queue, 504), ClientGoneError, and what the work raises.
         """
         visit: Visit = request.state.visit
         deadline = time.monotonic() + self.settings.request_seconds
@@ -121,7 +121,7 @@ class Service:
             gone.cancel()
 
     async def soon(self, quick: Awaitable[T]) -> T:
-        """Something short, in time: raises Refusal (504) after `request_seconds`."""
+        """Something short, in time: raises RefusedError (504) after `request_seconds`."""
         try:
             return await asyncio.wait_for(quick, self.settings.request_seconds)
         except asyncio.TimeoutError:
@@ -195,14 +195,16 @@ class Service:
             else:
                 raise _late(self.settings.request_seconds)
         except QueueFullError as error:
-            raise Refusal(429, "queue_full", "Too many photos wait already; try again later.", error.seconds) from None
+            raise RefusedError(
+                429, "queue_full", "Too many photos wait already; try again later.", error.seconds
+            ) from None
         finally:
             if cancel and not task.done():
                 task.cancel()
 
 
-def _late(seconds: float) -> Refusal:
-    return Refusal(504, "timeout", f"There was no answer within {seconds:g} s; try again, or search for less.", 5)
+def _late(seconds: float) -> RefusedError:
+    return RefusedError(504, "timeout", f"There was no answer within {seconds:g} s; try again, or search for less.", 5)
 
 
 async def _gone(request: Request) -> None:

@@ -1,8 +1,8 @@
 """The door of the service: every request passes it on its way in, and every answer on its way out.
 
-In order: a request id, a bound on the requests at once, no pages of other sites, rates, keys; then bounds on the size of
-the body and on the time it may take, while it comes in. On the way out: headers that keep browsers from guessing, a line
-in the log, and the metrics. No error leaves it but in our shape.
+In order: a request id, a bound on the requests at once, no pages of other sites, rates, keys; then bounds on the size
+of the body and on the time it may take, while it comes in. On the way out: headers that keep browsers from guessing, a
+line in the log, and the metrics. No error leaves it but in our shape.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from delf_milvus.service.access import bearer, check_same_site, client_of_key
 from delf_milvus.service.core import Service, Visit
-from delf_milvus.service.problems import CLIENT_GONE, ClientGoneError, Refusal
+from delf_milvus.service.problems import CLIENT_GONE, ClientGoneError, RefusedError
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Door:
             _keep_encoded(scope)
             await self._app(scope, body, answer)
             status = answer.status
-        except Refusal as refusal:
+        except RefusedError as refusal:
             visit.kind, status = refusal.kind, refusal.status
             visit.rejected = status in _REJECTED
             if not answer.started:
@@ -86,7 +86,7 @@ class Door:
             log.exception("request failed", extra={"fields": {"id": visit.id}})
             if not answer.started:
                 message = f"The service failed; its log says why, under request id {visit.id}."
-                await Refusal(500, visit.kind, message).response()(scope, receive, answer)
+                await RefusedError(500, visit.kind, message).response()(scope, receive, answer)
         finally:
             self._service.visits -= 1
             self._service.buffered -= visit.received
@@ -98,9 +98,9 @@ class Door:
         if path in _HEALTH:
             return
         if service.visits > service.settings.connections:
-            raise Refusal(503, "too_busy", "Too many requests at once; try again in a moment.", 1)
+            raise RefusedError(503, "too_busy", "Too many requests at once; try again in a moment.", 1)
         if service.stopping:
-            raise Refusal(503, "stopping", "The service is stopping; try again in a moment.", 5)
+            raise RefusedError(503, "stopping", "The service is stopping; try again in a moment.", 5)
         check_same_site(headers, service.names)
         if path in OPEN:
             return
@@ -111,10 +111,10 @@ class Door:
         service.rate.take(visit.client)
         if visit.role is None:
             what = "is not known" if key else "is missing"
-            raise Refusal(401, "unauthorized", f"The API key {what}; send `Authorization: Bearer KEY`.")
+            raise RefusedError(401, "unauthorized", f"The API key {what}; send `Authorization: Bearer KEY`.")
         writes = path.startswith(_IMAGES) and method not in ("GET", "HEAD")
         if writes and visit.role != "write":
-            raise Refusal(403, "forbidden", "This key may search and read, but not add or delete.")
+            raise RefusedError(403, "forbidden", "This key may search and read, but not add or delete.")
 
     def _tell(self, scope: Scope, visit: Visit, status: int) -> None:
         seconds = time.perf_counter() - visit.started
@@ -152,7 +152,7 @@ class _Body:
         self._declared = headers.get("content-length", "")
 
     async def __call__(self) -> Message:
-        """The next message. Raises Refusal: 413, 408, or 503 where memory is short."""
+        """The next message. Raises RefusedError: 413, 408, or 503 where memory is short."""
         if self._complete:
             return await self._receive()
         if self._declared.isdecimal() and int(self._declared[:18]) > self._most:
@@ -162,7 +162,7 @@ class _Body:
         except asyncio.TimeoutError:
             self._complete = True
             seconds = self._service.settings.body_seconds
-            raise Refusal(408, "slow_upload", f"The photo did not arrive within {seconds:g} s.") from None
+            raise RefusedError(408, "slow_upload", f"The photo did not arrive within {seconds:g} s.") from None
         self._complete = not message.get("more_body", False)
         size = len(message.get("body", b""))
         self._visit.received += size
@@ -170,7 +170,7 @@ class _Body:
         if self._visit.received > self._most:
             raise self._too_large()
         if self._service.buffered > self._service.settings.buffer_bytes:
-            raise Refusal(503, "too_busy", "Too many uploads at once; try again in a moment.", 2)
+            raise RefusedError(503, "too_busy", "Too many uploads at once; try again in a moment.", 2)
         return message
 
     async def drain(self) -> None:
@@ -190,8 +190,8 @@ class _Body:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(rest(), _DRAIN_SECONDS)
 
-    def _too_large(self) -> Refusal:
-        return Refusal(413, "body_too_large", f"The request has more than {self._most:,} bytes; shrink the photo.")
+    def _too_large(self) -> RefusedError:
+        return RefusedError(413, "body_too_large", f"The request has more than {self._most:,} bytes; shrink the photo.")
 
 
 class _Answer:

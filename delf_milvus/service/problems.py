@@ -39,7 +39,7 @@ _STATUS: dict[type[DelfMilvusError], tuple[int, str]] = {
 }
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that is answered with an error. retry_after: seconds after which it may be asked again."""
 
     def __init__(self, status: int, kind: str, message: str, retry_after: float | None = None) -> None:
@@ -64,12 +64,12 @@ class ClientGoneError(Exception):
     """The client closed its connection; nobody reads an answer."""
 
 
-def refusal_of(error: DelfMilvusError) -> Refusal:
+def refusal_of(error: DelfMilvusError) -> RefusedError:
     """What a client is told of an error of ours."""
     kind = next(kind for kind in type(error).__mro__ if kind in _STATUS or kind is DelfMilvusError)
     status, name = _STATUS.get(kind, (500, "failed"))
     if status == 503:
-        return Refusal(
+        return RefusedError(
             status, name, "The database cannot be reached or failed while answering; try again in a moment.", 5
         )
-    return Refusal(status, name, one_line(error))
+    return RefusedError(status, name, one_line(error))

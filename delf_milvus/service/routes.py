@@ -17,7 +17,7 @@ from delf_milvus.imaging.decode import content_digest
 from delf_milvus.retrieval.answers import Hit, SearchResult
 from delf_milvus.service import wire
 from delf_milvus.service.core import Service
-from delf_milvus.service.problems import Refusal, refusal_of
+from delf_milvus.service.problems import RefusedError, refusal_of
 from delf_milvus.service.uploads import Upload, read_uploads
 from delf_milvus.store.records import ImageRecord
 
@@ -97,7 +97,7 @@ def _search_routes(service: Service) -> APIRouter:
         try:
             filter = wire.filter_of(asked.filter)
         except ValueError as error:
-            raise Refusal(422, "invalid_argument", f"The filter looks like JSON, but {error}.") from None
+            raise RefusedError(422, "invalid_argument", f"The filter looks like JSON, but {error}.") from None
         whole = service.index.settings
         views = {name: value for name in ("parts", "turned") if (value := getattr(asked, name)) is not None}
         verify = whole.verify
@@ -152,10 +152,10 @@ def _image_routes(service: Service) -> APIRouter:
         for photo, image_id, metadata, replace in wanted:
             try:
                 stored.append(await _add(service, request, photo, image_id, metadata, replace))
-            except (Refusal, DelfMilvusError) as error:  # noqa: PERF203 - a photo takes far longer
+            except (RefusedError, DelfMilvusError) as error:  # noqa: PERF203 - a photo takes far longer
                 if len(wanted) == 1:
                     raise
-                refusal = error if isinstance(error, Refusal) else refusal_of(error)
+                refusal = error if isinstance(error, RefusedError) else refusal_of(error)
                 problem = {"kind": refusal.kind, "message": refusal.message}
                 failed.append({"image_id": image_id, "error": problem})
         answer = {"stored": stored, "failed": failed}
@@ -167,7 +167,7 @@ def _image_routes(service: Service) -> APIRouter:
         try:
             filter = wire.filter_of(options.filter)
         except ValueError as error:
-            raise Refusal(422, "invalid_argument", f"The filter looks like JSON, but {error}.") from None
+            raise RefusedError(422, "invalid_argument", f"The filter looks like JSON, but {error}.") from None
         listing = service.index.list(options.prefix, options.limit + 1, after=options.after, filter=filter)
         records = await service.soon(listing)
         page = records[: options.limit]
@@ -299,14 +299,14 @@ def _page_routes() -> APIRouter:
 async def _add(
     service: Service, request: Request, photo: Upload, image_id: str, metadata: str, replace: bool
 ) -> dict[str, Any]:
-    """Store one photo, keeping its file where uploads are kept. Raises Refusal and what the index raises."""
+    """Store one photo, keeping its file where uploads are kept. Raises RefusedError and what the index raises."""
     if not image_id:
-        raise Refusal(422, "invalid_argument", "The photo has no id: send the field or parameter `id`.")
+        raise RefusedError(422, "invalid_argument", "The photo has no id: send the field or parameter `id`.")
     _check_size(service, photo)
     try:
         values = wire.json_object(metadata) if metadata.strip() else {}
     except ValueError as error:
-        raise Refusal(422, "invalid_argument", f"The metadata must be a JSON object, but {error}.") from None
+        raise RefusedError(422, "invalid_argument", f"The metadata must be a JSON object, but {error}.") from None
 
     async def added() -> dict[str, Any]:
         async with service.alone(image_id):
@@ -314,7 +314,7 @@ async def _add(
             with contextlib.suppress(NotFoundError):
                 before = await service.index.show(image_id)
             if before is not None and not replace:
-                raise Refusal(409, "exists", f"An image {image_id!r} is stored already; delete it, or replace it.")
+                raise RefusedError(409, "exists", f"An image {image_id!r} is stored already; delete it, or replace it.")
             path = await service.on_files(service.photos.keep, photo.data, image_id)
             kept = str(path) if path else ""
             try:
@@ -363,19 +363,19 @@ def _named(
     if len(metadata) == 1:
         metadata *= len(photos)
     if len(ids) != len(photos) or len(metadata) != len(photos):
-        raise Refusal(
+        raise RefusedError(
             422,
             "invalid_argument",
             f"There are {len(photos)} photos, {len(ids)} ids and {len(metadata)} metadata: send one for each photo.",
         )
     if len(set(ids)) < len(ids):
-        raise Refusal(422, "invalid_argument", "Two photos have the same id; send each id once.")
+        raise RefusedError(422, "invalid_argument", "Two photos have the same id; send each id once.")
     return [(photo, ids[i], metadata[i], replace) for i, photo in enumerate(photos)]
 
 
 def _single(fields: dict[str, list[str]]) -> dict[str, str]:
     if twice := next((name for name, values in fields.items() if len(values) > 1), None):
-        raise Refusal(422, "invalid_argument", f"The field {twice!r} is there more than once.")
+        raise RefusedError(422, "invalid_argument", f"The field {twice!r} is there more than once.")
     return {name: values[0] for name, values in fields.items()}
 
 
@@ -383,7 +383,7 @@ def _valid(model: type[Any], values: dict[str, Any]) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise Refusal(422, "invalid_argument", sentence_of(error.errors(include_url=False))) from None
+        raise RefusedError(422, "invalid_argument", sentence_of(error.errors(include_url=False))) from None
 
 
 def sentence_of(errors: Any) -> str:
@@ -398,9 +398,9 @@ def sentence_of(errors: Any) -> str:
 def _check_size(service: Service, photo: Upload) -> None:
     most = service.settings.max_photo_bytes
     if len(photo.data) > most:
-        raise Refusal(413, "photo_too_large", f"The photo has more than {most:,} bytes; shrink it.")
+        raise RefusedError(413, "photo_too_large", f"The photo has more than {most:,} bytes; shrink it.")
     if not photo.data:
-        raise Refusal(400, "no_photo", "The photo is empty.")
+        raise RefusedError(400, "no_photo", "The photo is empty.")
 
 
 def _cached(record: ImageRecord, kind: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
-from delf_milvus.service.problems import Refusal
+from delf_milvus.service.problems import RefusedError
 
 _FIELD_BYTES = 256 * 1024
 _RAW = ("image/", "application/octet-stream", "binary/octet-stream")
@@ -32,16 +32,16 @@ class Uploads:
 async def read_uploads(request: Request, most: int) -> Uploads:
     """All photos of a request, at least one and at most `most`; what is too large is refused while it comes in.
 
-    Raises Refusal: 415 for another kind of body, 400 for one that cannot be read or has no photo, 413 for too many.
+    Raises RefusedError: 415 for another kind of body, 400 for one that cannot be read or has none, 413 for too many.
     """
     kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if kind.startswith(_RAW):
         data = await request.body()
         if not data:
-            raise Refusal(400, "no_photo", "The request has no body; send the bytes of a photo.")
+            raise RefusedError(400, "no_photo", "The request has no body; send the bytes of a photo.")
         return Uploads([Upload(data)], {})
     if kind != "multipart/form-data":
-        raise Refusal(
+        raise RefusedError(
             415,
             "unsupported_media_type",
             "Send a photo as the body (image/jpeg ...), or as the field `photo` of multipart/form-data.",
@@ -60,12 +60,12 @@ async def _of_form(form: FormData, most: int) -> Uploads:
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             if name != "photo":
-                raise Refusal(422, "invalid_argument", f"A photo is in the field {name!r}; name it `photo`.")
+                raise RefusedError(422, "invalid_argument", f"A photo is in the field {name!r}; name it `photo`.")
             photos.append(Upload(await value.read(), value.filename or ""))
         else:
             fields.setdefault(name, []).append(value)
     if not photos:
-        raise Refusal(400, "no_photo", "The form has no file; send a photo in the field `photo`.")
+        raise RefusedError(400, "no_photo", "The form has no file; send a photo in the field `photo`.")
     if len(photos) > most:
-        raise Refusal(413, "too_many_photos", f"The request has more than {most} photos; send them in several.")
+        raise RefusedError(413, "too_many_photos", f"The request has more than {most} photos; send them in several.")
     return Uploads(photos, fields)
