@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from delf_milvus.async_index import AsyncDelfIndex
+    from delf_milvus.client import AsyncDelfClient, DelfClient
     from delf_milvus.errors import DelfMilvusError
     from delf_milvus.features import Features
     from delf_milvus.index import DelfIndex
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from delf_milvus.store.records import ImageRecord
 
 __all__ = [
+    "AsyncDelfClient",
     "AsyncDelfIndex",
+    "DelfClient",
     "DelfIndex",
     "DelfMilvusError",
     "Features",
@@ -34,7 +37,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncDelfClient": "client",
     "AsyncDelfIndex": "async_index",
+    "DelfClient": "client",
     "DelfIndex": "index",
     "DelfMilvusError": "errors",
     "Features": "features",

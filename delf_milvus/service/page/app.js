@@ -29,6 +29,11 @@ function svg(tag, attributes) {
   return element;
 }
 
+/** An id in an element, which may break after the signs that ids are made of. */
+function named(tag, className, id) {
+  return h(tag, { className }, ...id.split(/(?<=[/_\-. ])/).flatMap((part) => [part, document.createElement("wbr")]));
+}
+
 const many = (count, one, more = one + "s") => `${count.toLocaleString()} ${count === 1 ? one : more}`;
 const wait = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds * 1000));
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
@@ -429,6 +434,8 @@ async function search() {
     }
     answer.seconds = (performance.now() - started) / 1000;
     showAnswer();
+    // On a phone the answers lie below the photo.
+    if ($("hits").getBoundingClientRect().top > window.innerHeight * 0.8) $("live").scrollIntoView({ block: "start" });
   } catch (problem) {
     if (problem.name === "AbortError") return;
     $("hits").replaceChildren();
@@ -496,7 +503,7 @@ function hitRow(hit) {
     h(
       "span",
       {},
-      h("span", { className: "hit-name", textContent: hit.image_id }),
+      named("span", "hit-name", hit.image_id),
       hit.compared ? h("span", { className: "meter", "aria-hidden": "true" }, fill) : null,
       h("span", { className: "hit-line" }, h("span", { className: hit.verified ? "badge" : "", textContent: hit.verified ? "✓ proved" : "not proved" }), ...figures),
       metadata ? h("span", { className: "hit-line", textContent: metadata }) : null,
@@ -526,7 +533,7 @@ const comparable = () => answer.hits.filter((hit) => hit.transform && (hit.verif
 async function openCompare(hit) {
   const list = comparable();
   const place = list.indexOf(hit);
-  $("compare-title").textContent = hit.image_id;
+  $("compare-title").replaceChildren(named("span", "", hit.image_id));
   $("compare-facts").textContent = [
     hit.verified ? "Proved" : "Not proved",
     `${many(hit.inliers, "inlier")} of ${many(hit.putatives, "match", "matches")}`,
@@ -701,7 +708,7 @@ function addFiles(files) {
     const id = $("prefix").value + (file.webkitRelativePath || file.name || `photo-${Date.now()}`);
     const progress = h("progress", { max: 1, value: 0, "aria-label": `Sent of ${id}` });
     const state = h("span", { className: "state", textContent: "waits" });
-    const row = h("li", { className: "upload" }, h("span", { className: "name", textContent: id }), progress, state);
+    const row = h("li", { className: "upload" }, named("span", "name", id), progress, state);
     const upload = { file, id, metadata: addMetadata(), row, progress, stateText: state, state: "waits", tries: 0 };
     uploads.push(upload);
     $("add-list").append(row);
@@ -819,7 +826,7 @@ function storedCard(record) {
     "li",
     { className: "card" },
     record.photo ? thumb(record.image_id, 320) : h("span", { className: "thumb", textContent: "photo not shown" }),
-    h("span", { className: "name", textContent: record.image_id }),
+    named("span", "name", record.image_id),
     h("span", { className: "hint", textContent: `${record.width} × ${record.height}, ${many(record.feature_count, "feature")}` }),
     h("div", { className: "buttons" }, find, remove),
   );
