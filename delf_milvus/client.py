@@ -1,7 +1,7 @@
 """Clients of a running service (`delf-milvus serve`), for programs: the same results as of an index, over HTTP.
 
-`DelfClient` waits, `AsyncDelfClient` is for an event loop; both need the extra `client` or `service`. A request that the
-service is too busy for (429, 503) is sent again when it says so, as far as `patience` allows: searching changes
+`DelfClient` waits, `AsyncDelfClient` is for an event loop; both need the extra `client` or `service`. A request that
+the service is too busy for (429, 503) is sent again when it says so, as far as `patience` allows: searching changes
 nothing, and adding or deleting twice is as good as once.
 """
 
@@ -187,7 +187,7 @@ class DelfClient(_Client):
     def add(
         self, image: Source, image_id: str, metadata: Mapping[str, Any] | None = None, *, replace: bool = True
     ) -> int:
-        """Store one photo; returns its number of features. replace=False: ServiceError (409) for an id that is stored."""
+        """Store one photo; returns its number of features. replace=False: ServiceError (409) for a stored id."""
         count: int = self._asked(self._add_call(image, image_id, metadata, replace))
         return count
 

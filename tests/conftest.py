@@ -73,6 +73,14 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weight file with a network of milliseconds."""
+    from model.models import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test that takes the server directly runs on each of them."""
     if "milvus" in metafunc.fixturenames:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from importlib.resources import files
 from typing import Annotated, Any
 from urllib.parse import unquote
@@ -12,13 +12,14 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-from delf_milvus.errors import DelfMilvusError, NotFoundError
+from delf_milvus.errors import DatabaseError, DelfMilvusError, NotFoundError
 from delf_milvus.imaging.decode import content_digest
 from delf_milvus.retrieval.answers import Hit, SearchResult
 from delf_milvus.service import wire
 from delf_milvus.service.core import Service
 from delf_milvus.service.problems import RefusedError, refusal_of
 from delf_milvus.service.uploads import Upload, read_uploads
+from delf_milvus.store.filters import Filter
 from delf_milvus.store.records import ImageRecord
 
 _PAGE = {
@@ -94,26 +95,24 @@ def _search_routes(service: Service) -> APIRouter:
         asked = _valid(wire.SearchOptions, given)
         photo = uploads.photos[0]
         _check_size(service, photo)
-        try:
-            filter = wire.filter_of(asked.filter)
-        except ValueError as error:
-            raise RefusedError(422, "invalid_argument", f"The filter looks like JSON, but {error}.") from None
+        filter = _filter(asked.filter)
         whole = service.index.settings
         views = {name: value for name in ("parts", "turned") if (value := getattr(asked, name)) is not None}
         verify = whole.verify
         if asked.max_false_alarm is not None:
             verify = verify.model_copy(update={"max_false_alarm": asked.max_false_alarm})
         index = service.index.searching(whole.search.model_copy(update=views), verify)
-        result = await service.compute(
-            request,
-            lambda: index.search(
-                photo.data,
-                asked.top,
-                box=asked.corners,
-                filter=filter,
-                include_unverified=not asked.verified_only,
-            ),
-        )
+        async with _blamed(service, filter):
+            result = await service.compute(
+                request,
+                lambda: index.search(
+                    photo.data,
+                    asked.top,
+                    box=asked.corners,
+                    filter=filter,
+                    include_unverified=not asked.verified_only,
+                ),
+            )
         answer = _answer(service, result, correspondences=asked.correspondences)
         service.meters.search(result.matched, answer["timings"], request.state.visit.waited)
         return answer
@@ -164,12 +163,10 @@ def _image_routes(service: Service) -> APIRouter:
     @made.get("/v1/images", response_model=wire.ImagesPage, responses=_errors(422, 504))
     async def images(options: Annotated[wire.ListOptions, Query()]) -> Any:
         """A page of the stored images, in order of their ids."""
-        try:
-            filter = wire.filter_of(options.filter)
-        except ValueError as error:
-            raise RefusedError(422, "invalid_argument", f"The filter looks like JSON, but {error}.") from None
+        filter = _filter(options.filter)
         listing = service.index.list(options.prefix, options.limit + 1, after=options.after, filter=filter)
-        records = await service.soon(listing)
+        async with _blamed(service, filter):
+            records = await service.soon(listing)
         page = records[: options.limit]
         shown = await service.on_files(lambda: [_record(service, record) for record in page])
         return {"images": shown, "next": page[-1].image_id if len(records) > len(page) else None}
@@ -182,10 +179,8 @@ def _image_routes(service: Service) -> APIRouter:
     async def photo(request: Request, image_id: ImageId) -> Response:
         """The photo of an image, where it lies in a folder that the service may show, and is unchanged."""
         record = await service.soon(service.index.show(image_id))
-        if (unchanged := _unchanged(request, record, "photo")) and await service.on_files(
-            service.photos.may_show, record
-        ):
-            return unchanged
+        if await _known(service, request, record, "photo"):
+            return Response(status_code=304, headers=_cached(record, "photo"))
         found = await service.on_files(service.photos.read, record)
         return Response(found.data, media_type=found.media_type, headers=_cached(record, "photo"))
 
@@ -204,9 +199,8 @@ def _image_routes(service: Service) -> APIRouter:
         """The photo of an image, smaller, as a JPEG without anything that its file says beside the pixels."""
         record = await service.soon(service.index.show(image_id))
         kind = f"thumbnail{side}"
-        unchanged = _unchanged(request, record, kind)
-        if unchanged is not None and await service.on_files(service.photos.may_show, record):
-            return unchanged
+        if await _known(service, request, record, kind):
+            return Response(status_code=304, headers=_cached(record, kind))
         made = await service.on_files(service.photos.thumbnail, record, side)
         return Response(made, media_type="image/jpeg", headers=_cached(record, kind))
 
@@ -330,6 +324,26 @@ async def _add(
     return await service.compute(request, added)
 
 
+def _filter(text: str) -> Filter:
+    try:
+        return wire.filter_of(text)
+    except ValueError as error:
+        raise RefusedError(422, "invalid_argument", f"The filter looks like JSON, but {error}.") from None
+
+
+@contextlib.asynccontextmanager
+async def _blamed(service: Service, filter: Filter) -> AsyncIterator[None]:
+    """An expression that the database does not take is the client's fault, not the database's, if that answers."""
+    try:
+        yield
+    except DatabaseError:
+        if isinstance(filter, str) and filter.strip() and await service.database_answers():
+            raise RefusedError(
+                422, "invalid_argument", "The database does not take this filter: write it as `year >= 2020`."
+            ) from None
+        raise
+
+
 def _answer(service: Service, result: SearchResult, *, correspondences: bool) -> dict[str, Any]:
     answer = result.to_dict()
     for hit, shown in zip(result.hits, answer["hits"], strict=True):
@@ -407,7 +421,8 @@ def _cached(record: ImageRecord, kind: str) -> dict[str, str]:
     return {"ETag": f'"{kind}-{record.sha256[:32]}"', "Cache-Control": "private, no-cache"}
 
 
-def _unchanged(request: Request, record: ImageRecord, kind: str) -> Response | None:
-    headers = _cached(record, kind)
-    same = request.headers.get("if-none-match") == headers["ETag"]
-    return Response(status_code=304, headers=headers) if same else None
+async def _known(service: Service, request: Request, record: ImageRecord, kind: str) -> bool:
+    """Whether the client has what it asks for, and may still see it."""
+    if request.headers.get("if-none-match") != _cached(record, kind)["ETag"]:
+        return False
+    return await service.on_files(service.photos.may_show, record)

@@ -62,12 +62,12 @@ _HIT: dict[str, Any] = {
     "false_alarm": 0.00002,
     "score": 2.31,
     "transform": [[0.98, -0.03, 12.5], [0.03, 0.98, -4.0]],
-    "homography": None,
+    "homography": [[0.97, -0.03, 12.6], [0.03, 0.98, -4.1], [0.0, 0.0, 1.0]],
     "region": 1,
     "box": [12.0, 0.0, 630.0, 421.5],
     "query_box": [31.0, 8.0, 604.0, 410.0],
     "metadata": {"year": 2021},
-    "correspondence": None,
+    "correspondence": {"query_points": [[48.0, 80.0]], "image_points": [[57.2, 74.5]], "residuals": [1.7]},
 }
 
 
