@@ -106,16 +106,11 @@ class Service:
         deadline = time.monotonic() + self.settings.request_seconds
         gone = asyncio.ensure_future(_gone(request))
         try:
-            entering = asyncio.ensure_future(self.queue.enter(visit.client))
-            waited = time.perf_counter()
-            try:
-                await self._first(entering, gone, deadline)
-            finally:
-                visit.waited += time.perf_counter() - waited
+            await self._entered(visit, gone, deadline)
             working = asyncio.ensure_future(self._in_turn(work))
             self._working.add(working)
             working.add_done_callback(self._ended)
-            await self._first(working, gone, deadline, cancel=False)
+            await self._first(working, gone, deadline)
             return working.result()
         finally:
             gone.cancel()
@@ -168,6 +163,23 @@ class Service:
             await asyncio.wait(self._working)
         self._files.shutdown(wait=False)
 
+    async def _entered(self, visit: Visit, gone: asyncio.Future[None], deadline: float) -> None:
+        """Wait for a turn; whatever ends the waiting otherwise leaves none behind."""
+        started = time.perf_counter()
+        entering = asyncio.ensure_future(self.queue.enter(visit.client))
+        try:
+            await self._first(entering, gone, deadline)
+        except QueueFullError as error:
+            raise RefusedError(429, "queue_full", "Too many photos wait; try again later.", error.seconds) from None
+        except BaseException:
+            if entering.cancel():
+                await asyncio.wait({entering})
+            elif entering.exception() is None:
+                self.queue.leave()
+            raise
+        finally:
+            visit.waited += time.perf_counter() - started
+
     async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         started = time.monotonic()
         try:
@@ -181,26 +193,16 @@ class Service:
         if not task.cancelled():
             task.exception()
 
-    async def _first(
-        self, task: asyncio.Future[Any], gone: asyncio.Future[None], deadline: float, *, cancel: bool = True
-    ) -> None:
-        """Wait for a task, the client's leaving or the deadline."""
-        try:
-            left = max(0.0, deadline - time.monotonic())
-            await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
-            elif gone.done():
-                raise ClientGoneError
-            else:
-                raise _late(self.settings.request_seconds)
-        except QueueFullError as error:
-            raise RefusedError(
-                429, "queue_full", "Too many photos wait already; try again later.", error.seconds
-            ) from None
-        finally:
-            if cancel and not task.done():
-                task.cancel()
+    async def _first(self, task: asyncio.Future[Any], gone: asyncio.Future[None], deadline: float) -> None:
+        """Wait for a task, the client's leaving or the deadline; raises what the task raises."""
+        left = max(0.0, deadline - time.monotonic())
+        await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        elif gone.done():
+            raise ClientGoneError
+        else:
+            raise _late(self.settings.request_seconds)
 
 
 def _late(seconds: float) -> RefusedError:

@@ -60,17 +60,24 @@ class FairQueue:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        if not self._waiting:
-            self.running -= 1
-            return
-        client, turns = self._waiting.popitem(last=False)
-        turns.popleft().set_result(None)
-        self.length -= 1
-        if turns:
-            self._waiting[client] = turns
+        while self._waiting:
+            client, turns = self._waiting.popitem(last=False)
+            turn = turns.popleft()
+            self.length -= 1
+            if turns:
+                self._waiting[client] = turns
+            # One that was cancelled in this moment, which its own call has not seen yet, costs its client nothing.
+            if not turn.done():
+                turn.set_result(None)
+                return
+            if turns:
+                self._waiting.move_to_end(client, last=False)
+        self.running -= 1
 
     def _forget(self, client: str, turn: asyncio.Future[None]) -> None:
-        turns = self._waiting[client]
+        turns = self._waiting.get(client)
+        if turns is None or turn not in turns:
+            return
         turns.remove(turn)
         self.length -= 1
         if not turns:

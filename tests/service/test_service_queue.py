@@ -89,7 +89,7 @@ def test_a_cancelled_wait_keeps_no_turn(cancelled: list[bool]) -> None:
             for _ in range(5):
                 await asyncio.sleep(0)
             queue.leave()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         assert (queue.running, queue.length) == (0, 0)
 
     asyncio.run(main())
