@@ -357,11 +357,11 @@ def _encoded(image: Source) -> bytes:
         return image
     if isinstance(image, str | Path):
         return read_file(Path(image), _MOST_BYTES, "shrink it")
-    picture = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image
     stream = io.BytesIO()
     try:
+        picture = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image
         picture.save(stream, "PNG")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ImageError("This is no picture that can be sent; give a path, bytes or an RGB array.") from error
     return stream.getvalue()
 

@@ -243,6 +243,7 @@ async function choose(file) {
   $("query-stage").hidden = $("box-button").hidden = $("box-text").hidden = !query.width;
   $("query-none").hidden = Boolean(query.width);
   $("query-panel").hidden = false;
+  $("option-search").disabled = false;
   $("drop").hidden = $("lead").hidden = true;
   $("view-search").classList.remove("empty");
   showBox();
