@@ -18,7 +18,7 @@ check: $(VENV)/installed-check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/yamllint --strict --config-file deploy/yamllint.yaml deploy
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/standalone/compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/standalone/compose.yaml deploy/service/compose.yaml
 	$(BIN)/hadolint deploy/Dockerfile
 
 format: $(VENV)/installed-check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ import PIL.Image
 import pytest
 from conftest import make_photo
 from jsonschema import Draft202012Validator
+from milvus_server import Server
 from service.serving import add, cropped, png, refusal, run, serving, settings_of
 
 from delf_milvus import DelfIndex
@@ -61,6 +63,37 @@ def test_a_photo_as_body_or_in_a_form_finds_what_the_index_finds(tmp_path: Path,
         assert {name: answer[name] for name in ("matched", "model", "query_features", "calibrated")} == {
             name: wanted[name] for name in ("matched", "model", "query_features", "calibrated")
         }
+
+
+@pytest.mark.server
+def test_a_service_over_a_server_answers_as_the_index_does(
+    milvus: Server, name: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    settings = settings_of(tmp_path, tiny_model).model_copy(update={"uri": milvus.uri, "collection": name})
+
+    async def asked() -> tuple[Any, list[str]]:
+        async with serving(settings) as (_, client):
+            await filled(client)
+            params = {"top": "2", "verified_only": "false", "filter": "year >= 1991", "max_false_alarm": "0.9"}
+            answers = await asyncio.gather(
+                *(client.post("/v1/search", content=png(cropped(1)), params=params) for _ in range(4))
+            )
+            assert len({json.dumps(answer.json()["hits"]) for answer in answers}) == 1
+            assert (await client.get("/readyz")).status_code == 200
+            page = (await client.get("/v1/images", params={"after": "a/1.png", "filter": "year <= 1992"})).json()
+            assert (await client.delete("/v1/images/a%2F3.png")).status_code == 200
+            return answers[0].json(), [image["image_id"] for image in page["images"]]
+
+    answer, listed = run(asked)
+    assert listed == ["a/2.png"]
+    verify = settings.verify.model_copy(update={"max_false_alarm": 0.9})
+    with DelfIndex.open(settings=settings, create=False) as index:
+        assert [record.image_id for record in index.list()] == ["a/0.png", "a/1.png", "a/2.png"]
+        index.add(make_photo(3), "a/3.png", {"year": 1993})
+        found = index.searching(verify=verify).search(cropped(1), 2, filter="year >= 1991", include_unverified=True)
+    assert [hit["image_id"] for hit in answer["hits"]] == [hit.image_id for hit in found.hits]
+    assert answer["hits"][0]["image_id"] == "a/1.png"
+    assert answer["hits"][0]["transform"] == found.hits[0].to_dict()["transform"]
 
 
 def test_inliers_are_told_on_request(tmp_path: Path, tiny_model: Path) -> None:
