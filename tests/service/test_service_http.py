@@ -324,16 +324,21 @@ def test_status_health_and_metrics(tmp_path: Path, tiny_model: Path) -> None:
             assert told["service"]["may_write"] is True
             await client.post("/v1/search", content=png(make_photo(1)))
             await client.post("/v1/search", content=b"no photo")
+            assert (await client.request("SURPRISE", "/v1/search")).status_code == 405
+            assert (await client.get("/nowhere/at/all")).status_code == 404
             metrics = (await client.get("/metrics")).text
             for line in (
                 'delf_milvus_requests_total{method="POST",route="/v1/search",status="200"} 1.0',
                 'delf_milvus_requests_total{method="POST",route="/v1/images",status="201"} 4.0',
+                'delf_milvus_requests_total{method="GET",route="other",status="404"} 1.0',
                 'delf_milvus_errors_total{kind="unsupported_format"} 1.0',
                 'delf_milvus_stage_seconds_count{stage="extract"} 1.0',
                 'delf_milvus_stage_seconds_count{stage="queue"} 1.0',
                 "delf_milvus_queue_length 0.0",
             ):
                 assert line in metrics.splitlines(), line
+            assert "SURPRISE" not in metrics
+            assert "nowhere" not in metrics
             service.model_loaded = False
             unready = await client.get("/readyz")
             assert (unready.status_code, unready.json()["model"]) == (503, False)
