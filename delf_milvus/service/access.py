@@ -80,13 +80,16 @@ def check_listening(settings: ServiceSettings) -> None:
         )
 
 
-def check_same_site(headers: Headers, names: frozenset[str] | None) -> None:
-    """Refuse what a page of another site sends. names: the only accepted names of this host; None: any."""
+def check_same_site(headers: Headers, names: frozenset[str] | None, *, linked: bool = False) -> None:
+    """Refuse what a page of another site sends. names: the only accepted names of this host; None: any. linked: it may
+    be linked to."""
     host = headers.get("host", "")
     if names is not None and _name(host) not in names:
         raise RefusedError(
             403, "host_not_allowed", "This service without keys answers to the names of its own machine only."
         )
+    if linked:
+        return
     origin = headers.get("origin")
     foreign = origin is not None and urlsplit(origin).netloc != host
     if foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site"):

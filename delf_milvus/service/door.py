@@ -101,7 +101,7 @@ class Door:
             raise RefusedError(503, "too_busy", "Too many requests at once; try again in a moment.", 1)
         if service.stopping:
             raise RefusedError(503, "stopping", "The service is stopping; try again in a moment.", 5)
-        check_same_site(headers, service.names)
+        check_same_site(headers, service.names, linked=path in OPEN)
         if path in OPEN:
             return
         key = bearer(headers)

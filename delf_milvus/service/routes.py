@@ -32,7 +32,7 @@ Errors = dict[int | str, dict[str, Any]]
 
 
 def _errors(*statuses: int) -> Errors:
-    return {status: {"model": wire.ProblemAnswer} for status in (401, 403, 429, 503, *statuses)}
+    return {status: {"model": wire.ProblemAnswer} for status in (401, 403, 422, 429, 503, *statuses)}
 
 
 def _photo_body(fields: dict[str, Any], *, several: bool) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _search_routes(service: Service) -> APIRouter:
     @made.post(
         "/v1/search",
         response_model=wire.SearchAnswer,
-        responses=_errors(400, 408, 409, 413, 415, 422, 504),
+        responses=_errors(400, 408, 409, 413, 415, 504),
         openapi_extra=_photo_body(_fields(wire.SearchOptions), several=False),
     )
     async def search(request: Request, options: Annotated[wire.SearchOptions, Query()]) -> Any:
@@ -127,7 +127,7 @@ def _image_routes(service: Service) -> APIRouter:
         "/v1/images",
         status_code=201,
         response_model=wire.AddAnswer,
-        responses=_errors(400, 408, 409, 413, 415, 422, 504)
+        responses=_errors(400, 408, 409, 413, 415, 504)
         | {207: {"model": wire.AddAnswer, "description": "Some of several photos failed; each is listed."}},
         openapi_extra=_photo_body(
             {
@@ -160,7 +160,7 @@ def _image_routes(service: Service) -> APIRouter:
         answer = {"stored": stored, "failed": failed}
         return JSONResponse(answer, 207) if failed else answer
 
-    @made.get("/v1/images", response_model=wire.ImagesPage, responses=_errors(422, 504))
+    @made.get("/v1/images", response_model=wire.ImagesPage, responses=_errors(504))
     async def images(options: Annotated[wire.ListOptions, Query()]) -> Any:
         """A page of the stored images, in order of their ids."""
         filter = _filter(options.filter)

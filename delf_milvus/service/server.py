@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,9 @@ from delf_milvus.settings import ServiceSettings, Settings
 
 log = logging.getLogger(__name__)
 
+_SWITCH_SECONDS = 0.001
+"""How long a thread may keep the interpreter from the others: the event loop waits for each that computes."""
+
 
 async def serve(settings: Settings, listening: Callable[[str], None] | None = None) -> None:
     """Serve until a signal comes. listening: called with the address of the page once connections are accepted.
@@ -35,6 +39,7 @@ async def serve(settings: Settings, listening: Callable[[str], None] | None = No
     """
     service = settings.service
     check_listening(service)
+    sys.setswitchinterval(min(_SWITCH_SECONDS, sys.getswitchinterval()))
     # Taken first: an index is not opened for an address in use.
     with _bound(service) as place:
         opening = AsyncDelfIndex.open(settings=limited(settings), threads=service.threads + SPARE_THREADS)

@@ -96,6 +96,9 @@ def test_other_hosts_and_pages_of_other_sites_are_refused(tmp_path: Path, tiny_m
                 refusal(answer, 403, "foreign_origin")
             own = {"Origin": "http://127.0.0.1:8080", "Sec-Fetch-Site": "same-origin"}
             assert (await client.post("/v1/search", content=png(make_photo(1)), headers=own)).status_code == 200
+            # A link of another site may lead to the page, which says nothing.
+            followed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+            assert (await client.get("/", headers=followed)).status_code == 200
             # Health is asked for by address, from anywhere.
             assert (await client.get("/healthz", headers={"Host": "10.0.0.7"})).status_code == 200
 

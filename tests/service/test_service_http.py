@@ -379,6 +379,7 @@ def test_the_description_of_the_api_is_whole_and_its_examples_fit(tmp_path: Path
             validator = Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": api["components"]})
             assert list(validator.iter_errors(schema["example"])) == []
     assert "example" in api["components"]["schemas"]["SearchAnswer"]
+    assert "HTTPValidationError" not in api["components"]["schemas"]
     form = api["paths"]["/v1/search"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form["properties"].keys() == {"photo", *wire.SearchOptions.model_fields}
     errors = {"400", "401", "403", "413", "415", "422", "429", "503", "504"}
