@@ -41,6 +41,9 @@ _KINDS: dict[FieldType, type] = {
     "FLOAT_VECTOR": np.float32,
 }
 
+_MAX_NESTING = 64
+"""Levels of metadata: the client of the database writes some hundred, and then cannot read them."""
+
 Row = dict[str, Any]
 """One row as pymilvus takes and gives it."""
 
@@ -114,11 +117,22 @@ def checked(record: ImageRecord) -> None:
                 f"Metadata of image {shown!r} cannot be called {name!r}: that name is reserved; rename it."
             )
     try:
+        if _nesting(record.metadata) > _MAX_NESTING:
+            raise ValueError(f"it is nested more than {_MAX_NESTING} levels deep")
         size = len(json.dumps(dict(record.metadata), allow_nan=False).encode())
-    except (TypeError, ValueError) as error:
+        # Lone surrogates, which the client of the database writes and then cannot read; they pass as escapes above.
+        json.dumps(dict(record.metadata), ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"Metadata of image {shown!r} cannot be stored as JSON: {error}.") from None
     if size > MAX_METADATA_BYTES:
         raise InputError(f"Metadata of image {shown!r} has {size} bytes; at most {MAX_METADATA_BYTES} can be stored.")
+
+
+def _nesting(value: Any) -> int:
+    """How deep objects and lists lie in each other."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return 1 + max(map(_nesting, value), default=0) if isinstance(value, list | tuple) else 0
 
 
 def typed(record: ImageRecord, facts: CollectionFacts, tenant: str) -> ImageRecord:

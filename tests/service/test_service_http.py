@@ -200,6 +200,34 @@ def test_of_several_photos_each_that_fails_is_named(tmp_path: Path, tiny_model: 
     run(main)
 
 
+def test_hostile_metadata_is_refused_or_can_be_read_again(tmp_path: Path, tiny_model: Path) -> None:
+    async def main() -> None:
+        async with serving(settings_of(tmp_path, tiny_model)) as (_, client):
+            for number, (metadata, status) in enumerate(
+                (
+                    (r'{"a": "\ud800"}', 422),
+                    (r'{"\udc00": 1}', 422),
+                    ('{"a": ' + "[" * 300 + "]" * 300 + "}", 422),
+                    ('{"a": ' + '{"b":' * 900 + "1" + "}" * 900 + "}", 422),
+                    ('{"image_key": 1}', 422),
+                    ('{"a": "' + "x" * 70_000 + '"}', 422),
+                    ('{"year": 1e400}', 422),
+                    ('{"a": ' + "[" * 60 + "]" * 60 + "}", 201),
+                    (r'{"a": "\u0000\ud83d\ude00"}', 201),
+                    ('{"a": 99999999999999999999}', 201),
+                )
+            ):
+                data = {"id": f"{number}", "metadata": metadata}
+                answer = await client.post("/v1/images", files={"photo": png(make_photo(number))}, data=data)
+                assert answer.status_code == status, metadata[:40]
+                shown = await client.get(f"/v1/images/{number}")
+                assert shown.status_code == (200 if status == 201 else 404)
+            found = await client.post("/v1/search?verified_only=false", content=png(make_photo(8)))
+            assert found.json()["hits"][0]["metadata"]["a"] == "\0😀"
+
+    run(main)
+
+
 def test_options_that_make_no_sense_are_told_in_one_sentence(tmp_path: Path, tiny_model: Path) -> None:
     async def main() -> None:
         async with serving(settings_of(tmp_path, tiny_model)) as (_, client):
