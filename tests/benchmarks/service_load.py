@@ -4,7 +4,7 @@
     python tests/benchmarks/service_load.py --tiny --requests 2000
 
 Starts `delf-milvus serve` with an embedded database of its own and `--stored` photos, generated ones without
-`--photos`. --tiny: a network of milliseconds, to measure the service instead of the model. A request waits for the
+`--photos`. --tiny: a network of milliseconds and few features, to measure the service alone. A request waits for the
 others, so its time is held against clients x the time of a single request. Memory is that of the whole process:
 service, model and database.
 """
@@ -103,11 +103,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    unlimited = {"DELF_MILVUS_SERVICE__REQUESTS_PER_MINUTE": "0", "DELF_MILVUS_SERVICE__REQUEST_SECONDS": "600"}
+    given = {"DELF_MILVUS_SERVICE__REQUESTS_PER_MINUTE": "0", "DELF_MILVUS_SERVICE__REQUEST_SECONDS": "600"}
+    if options.tiny:
+        features = {"STORED_FEATURES": "60", "QUERY_FEATURES": "60"}
+        given |= {f"DELF_MILVUS_EXTRACT__{name}": value for name, value in features.items()}
+        given["DELF_MILVUS_SEARCH__NEIGHBOURS"] = "20"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_tiny_model(folder / "tiny.safetensors") if options.tiny else None
-        with process(folder, model, "--threads", str(THREADS), **unlimited) as running:
+        with process(folder, model, "--threads", str(THREADS), **given) as running:
             running.ready()
             asyncio.run(load(running, photos_of(options.photos, options.stored), options.requests))
 
