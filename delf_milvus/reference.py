@@ -131,8 +131,9 @@ def parameters(callback: Any) -> tuple[Parameter, ...]:
             shown = said
         else:
             shown = str(default)
+        names = tuple(one for name in names for one in name.split("/"))
         value = info.metavar or _span(_kind(meta.annotation), info.min, info.max)
-        found.append(Parameter(tuple(names), value, shown, text))
+        found.append(Parameter(names, value, shown, text))
     return tuple(found)
 
 

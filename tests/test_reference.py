@@ -37,8 +37,11 @@ def test_every_command_and_every_option_of_the_parser_is_on_the_page() -> None:
     assert [command.words for command in walk()] == list(found)
     for words, parser in found.items():
         text = section(page, " ".join(("delf-milvus", *words)))
-        options = {name for one in parser.params for name in one.opts if name.startswith("-")} - TYPER_OWN
-        assert set(re.findall(r"`(-[-a-z]+)`", "\n".join(re.findall(r"^\| (`-.*?) \|", text, re.M)))) == options, words
+        options = {name for one in parser.params for name in (*one.opts, *one.secondary_opts) if name[0] == "-"}
+        assert (
+            set(re.findall(r"`(-[-a-z]+)`", "\n".join(re.findall(r"^\| (`-.*?) \|", text, re.M))))
+            == options - TYPER_OWN
+        ), words
         assert text.count("| required |") == sum(one.required for one in parser.params), words
 
 
