@@ -102,7 +102,9 @@ def walk(group: typer.Typer = app, words: tuple[str, ...] = ()) -> Iterator[Comm
         callback = info.callback
         assert callback is not None
         name = info.name or callback.__name__.replace("_", "-")
-        yield Command((*words, name), inspect.cleandoc(info.help or callback.__doc__ or ""), parameters(callback))
+        # The help ends with the examples, which the command line keeps apart.
+        text = "\n\n".join(part for part in (info.help or callback.__doc__, info.epilog) if part)
+        yield Command((*words, name), inspect.cleandoc(text), parameters(callback))
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
         assert inner.name is not None
