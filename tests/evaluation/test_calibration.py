@@ -10,6 +10,7 @@ from conftest import make_photo, save_photo
 
 from delf_milvus.errors import ImageError, InputError
 from delf_milvus.evaluation.calibration import CalibrationConfig, calibrate, class_photos, family, judging_photos
+from delf_milvus.imaging.decode import decode
 from delf_milvus.model.spec import BUNDLED
 from delf_milvus.retrieval.confidence import Calibration
 from delf_milvus.settings import Settings
@@ -70,14 +71,13 @@ def test_fewer_than_four_classes_are_refused(tmp_path: Path) -> None:
 
 
 def test_every_second_class_takes_part_and_the_others_judge(
-    data: Path, calibration: Calibration, said: list[str], tmp_path: Path
+    data: Path, calibration: Calibration, said: list[str]
 ) -> None:
     # The judging photos here cannot be decoded: the fit succeeds only because it opens none of them.
     judging = judging_photos(data)
     assert {path.parent.name for path in judging} == {f"class{number:03d}" for number in range(1, 2 * TAKING_PART, 2)}
-    small = write_classes(tmp_path, 4)
     with pytest.raises(ImageError):
-        calibrate(CalibrationConfig(small, fill=(judging[0].parent,)), SETTINGS, say=lambda _: None)
+        decode(judging[0], SETTINGS.decode)
     assert said[0] == f"{TAKING_PART} and {TAKING_PART} photos in two halves, 0 more, 0 that match"
 
 
