@@ -113,7 +113,7 @@ class Visit:
 def test_a_query_is_answered_with_proof_that_can_be_looked_at(browser: Any, stored: Process, photos: Path) -> None:
     visit = Visit(browser, stored.address)
     page = visit.page
-    assert page.locator("#collection").inner_text() == "6 photos in delf"
+    page.wait_for_selector("#collection:text('6 photos in delf')")
     answer = visit.search(photos / "part.png")
     first = page.locator(".hit").first
     assert "scenes/1.png" in first.inner_text()
@@ -274,7 +274,7 @@ def test_photos_are_added_each_with_its_own_outcome(browser: Any, stored: Proces
         page.click("#add-retry")
     page.wait_for_selector("text=2 of 3 stored, 1 failed.")
     assert page.locator(".problem").count() == 1
-    assert page.locator("#collection").inner_text() == "8 photos in delf"
+    page.wait_for_selector("#collection:text('8 photos in delf')")
     with DelfClient(stored.address) as client:
         assert client.show("new/20.png").metadata == {"year": 1999}
     page.click("#add-clear")
