@@ -23,7 +23,7 @@ from delf_milvus.settings import DecodeSettings, ExtractSettings
 
 pytest.importorskip("delf_milvus.training.vision", reason="needs torchvision (extra: train)")
 
-from delf_milvus.training.attention import AttentionConfig, AttentionPooling, train_attention
+from delf_milvus.training.attention import AttentionConfig, AttentionPooling, _view, train_attention
 from delf_milvus.training.data import PhotoDataset, labelled_photos, split
 from delf_milvus.training.finetune import FinetuneConfig, finetune
 from delf_milvus.training.reduction import ReductionConfig, fit_reduction
@@ -349,3 +349,17 @@ def test_a_watcher_hears_how_far_a_training_is(data: Path, initial: Path, attend
         assert list(done) == sorted(set(done))
         assert done[-1] == totals[0]
         assert listener.lines
+
+
+def test_views_are_rescaled_at_random_and_cropped_as_in_the_paper_on_request(data: Path, initial: Path) -> None:
+    path = next(data.rglob("*.png"))  # 96 x 80
+    whole = AttentionConfig((data,), data, initial, longest=48, scales=(0.5, 1.0))
+    sizes = {tuple(_view(path, whole, 16, np.random.default_rng(seed)).shape[2:]) for seed in range(40)}
+    assert len(sizes) > 5
+    assert all(20 <= height <= 40 and 24 <= width <= 48 for height, width in sizes)
+    cropped = replace(whole, crop=32, scales=(1.0, 1.0))
+    views = [_view(path, cropped, 16, np.random.default_rng(seed)) for seed in range(6)]
+    assert {tuple(view.shape) for view in views} == {(1, 3, 32, 32)}
+    assert not torch.equal(views[0], views[1]), "the crop is drawn anew"
+    # At the least a cell.
+    assert _view(path, replace(cropped, scales=(0.1, 0.1)), 16, np.random.default_rng(0)).shape[2:] == (16, 16)
