@@ -120,6 +120,7 @@ def _queries(
     if config.no_match is not None:
         if not config.no_match.is_dir():
             raise InputError(f"{one_line(config.no_match)} is not a folder; check the path.")
+        index.require_model()
         photos = scan([config.no_match]).photos
         # Told before they are extracted rather than after.
         if min(config.limit, len(photos)) < LEAST:
