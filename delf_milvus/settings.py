@@ -325,35 +325,54 @@ class VerifySettings(_Stage):
 class ServiceSettings(_Stage):
     """`delf-milvus serve`: where it listens, who may ask, and how much."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on; beyond this machine only with keys.")
-    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0: any that is free.")
-    read_keys: SecretStr = Field(SecretStr(""), description="Keys that may search and read, separated by commas.")
-    write_keys: SecretStr = Field(SecretStr(""), description="Keys that may also add and delete, likewise.")
-    insecure: bool = Field(False, description="Listen beyond this machine without keys: whoever reaches it may write.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; beyond this machine only with keys.")
+    port: int = Field(default=8080, ge=0, le=65535, description="Port to listen on; 0: any that is free.")
+    read_keys: SecretStr = Field(
+        default=SecretStr(""), description="Keys that may search and read, separated by commas."
+    )
+    write_keys: SecretStr = Field(default=SecretStr(""), description="Keys that may also add and delete, likewise.")
+    insecure: bool = Field(
+        default=False, description="Listen beyond this machine without keys: whoever reaches it may write."
+    )
     trusted_proxies: str = Field(
-        "", description="Addresses of proxies, separated by commas, whose X-Forwarded-For names the client."
+        default="", description="Addresses of proxies, separated by commas, whose X-Forwarded-For names the client."
     )
-    photos: tuple[Path, ...] = Field((), description="Folders of stored photos that may be shown; none: no photos.")
+    photos: tuple[Path, ...] = Field(
+        default=(), description="Folders of stored photos that may be shown; none: no photos."
+    )
     uploads: Path | None = Field(
-        None, description="Folder that added photos are kept in, and shown from; none: only their features are kept."
+        default=None,
+        description="Folder that added photos are kept in, and shown from; none: only their features are kept.",
     )
-    show_uris: bool = Field(False, description="Answers say where on this machine a photo lies.")
-    threads: int = Field(2, ge=1, le=256, description="Photos that are computed at once.")
-    queue: int = Field(64, ge=0, le=100_000, description="Photos that wait for a thread, at most; more are refused.")
-    queue_each: int = Field(32, ge=0, le=100_000, description="Of these, those of one key or address at most.")
-    requests_per_minute: int = Field(1200, ge=0, description="Of each key, or address without one; 0: no limit.")
-    connections: int = Field(512, ge=1, description="Requests at once, of any kind; more are refused.")
-    max_photo_bytes: int = Field(20_000_000, ge=1, description="Bytes of an uploaded photo.")
-    max_body_bytes: int = Field(100_000_000, ge=1, description="Bytes of a request with several photos.")
-    max_photos: int = Field(32, ge=1, le=1000, description="Photos of one request.")
-    max_pixels: int = Field(50_000_000, ge=1, description="Pixels of an uploaded photo; at most decode.max_pixels.")
-    buffer_bytes: int = Field(500_000_000, ge=1, description="Bytes of all uploads in memory; more are refused.")
-    head_seconds: float = Field(10.0, gt=0, description="Seconds in which the head of a request must arrive.")
-    body_seconds: float = Field(60.0, gt=0, description="Seconds in which its body must arrive.")
+    show_uris: bool = Field(default=False, description="Answers say where on this machine a photo lies.")
+    threads: int = Field(
+        default=1, ge=1, le=256, description="Photos that are computed at once; each takes all threads of torch."
+    )
+    queue: int = Field(
+        default=64, ge=0, le=100_000, description="Photos that wait for a thread, at most; more are refused."
+    )
+    queue_each: int = Field(default=32, ge=0, le=100_000, description="Of these, those of one key or address at most.")
+    requests_per_minute: int = Field(
+        default=1200, ge=0, description="Of each key, or address without one; 0: no limit."
+    )
+    connections: int = Field(default=512, ge=1, description="Requests at once, of any kind; more are refused.")
+    max_photo_bytes: int = Field(default=20_000_000, ge=1, description="Bytes of an uploaded photo.")
+    max_body_bytes: int = Field(default=100_000_000, ge=1, description="Bytes of a request with several photos.")
+    max_photos: int = Field(default=32, ge=1, le=1000, description="Photos of one request.")
+    max_pixels: int = Field(
+        default=50_000_000, ge=1, description="Pixels of an uploaded photo; at most decode.max_pixels."
+    )
+    buffer_bytes: int = Field(
+        default=500_000_000, ge=1, description="Bytes of all uploads in memory; more are refused."
+    )
+    head_seconds: float = Field(default=10.0, gt=0, description="Seconds in which the head of a request must arrive.")
+    body_seconds: float = Field(default=60.0, gt=0, description="Seconds in which its body must arrive.")
     request_seconds: float = Field(
-        60.0, gt=0, description="Seconds before an answer counts as too late, with its wait."
+        default=60.0, gt=0, description="Seconds before an answer counts as too late, with its wait."
     )
-    drain_seconds: float = Field(30.0, gt=0, description="Seconds that requests have to end when the service stops.")
+    drain_seconds: float = Field(
+        default=30.0, gt=0, description="Seconds that requests have to end when the service stops."
+    )
 
 
 class Settings(BaseSettings):

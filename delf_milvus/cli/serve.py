@@ -24,7 +24,7 @@ def serve(
     uploads: Annotated[
         Path | None, typer.Option(help="Folder that added photos are kept in. Default: they are not kept")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Photos that are computed at once. Default: 2")] = None,
+    threads: Annotated[int | None, typer.Option(help="Photos that are computed at once. Default: 1")] = None,
     preset: Annotated[str | None, typer.Option(help="The preset that the collection was made with.")] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond this machine without keys: anybody may search and write.")

@@ -26,7 +26,7 @@ from conftest import make_photo
 from model.models import write_tiny_model
 from service.serving import Process, png, process
 
-CLIENTS, THREADS = 16, 2
+CLIENTS, THREADS = 16, 1
 
 
 def resident(address: str) -> float:

@@ -21,6 +21,8 @@ from conftest import make_photo
 from service.serving import READ, RUN, WRITE, Process, png, process
 
 from delf_milvus import DelfIndex, Settings
+from delf_milvus.service.server import bound
+from delf_milvus.settings import ServiceSettings
 
 
 def connected(running: Process) -> socket.socket:
@@ -204,3 +206,10 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(tmp_path: Path) -> None:
     code, text = refused(tmp_path, DELF_MILVUS_SERVICE__READ_KEYS="short")
     assert (code, "openssl" in text) == (2, True)
     assert refused(tmp_path, DELF_MILVUS_URI="x", DELF_MILVUS_MODEL="none.safetensors")[0] == 4
+
+
+def test_no_answer_waits_for_the_client_to_acknowledge_its_head() -> None:
+    with bound(ServiceSettings(port=0)) as place, socket.create_connection(place.getsockname()):
+        connection, _ = place.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
