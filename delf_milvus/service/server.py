@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import signal
@@ -85,6 +86,10 @@ async def _loaded(service: Service, server: uvicorn.Server) -> None:
     except BaseException:
         server.should_exit = True
         raise
+    # Of what is loaded nothing ends before the service does. Without this, every full collection walks through all of
+    # it while no thread runs: 0.15 s in which no health check is answered.
+    gc.collect()
+    gc.freeze()
     log.info("ready")
 
 
