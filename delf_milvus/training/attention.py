@@ -36,24 +36,16 @@ from delf_milvus.model.trunk import Trunk
 from delf_milvus.settings import Precision
 from delf_milvus.training.data import (
     LabelledPhotos,
-    labelled_photos,
     read_rgb,
-    require_batch,
-    require_readable,
-    split,
 )
 from delf_milvus.training.experiment import (
-    Experiment,
-    optimizer_tensors,
     prefixed,
-    restore_optimizer,
     silent,
-    told,
 )
-from delf_milvus.training.export import earlier, export, names, with_stage
 from delf_milvus.training.precision import Arithmetic
 from delf_milvus.training.processes import Processes, processes
-from delf_milvus.training.retrieval import Judged, Keep, Validation, require_apart
+from delf_milvus.training.retrieval import Keep, Validation
+from delf_milvus.training.stage import Epoch, Stage
 from delf_milvus.training.watching import tell
 
 Say = Callable[[str], None]
@@ -137,82 +129,43 @@ def train_attention(
         return _Run(config, say if here.first else silent, validation, here).train(command)
 
 
-class _Run:
-    """One process's part of a run: everything is checked and computed when it is made, and trained by `train`."""
+class _Run(Stage):
+    """One process's part of a run; feature maps are computed when it is made."""
+
+    name = "attention"
+    file = "attention.safetensors"
 
     def __init__(self, config: AttentionConfig, say: Say, validation: Validation | None, here: Processes) -> None:
-        torch.manual_seed(config.seed)
-        self.config, self.say, self.here = config, say, here
-        self.share = here.share(config.batch)
+        self.config = config
         if not 0 < config.scales[0] <= config.scales[1]:
             raise UsageError(
                 "The least scale is above 0 and at most the largest; check --least-scale and --most-scale."
             )
         spec, tensors = weights.initial(config.init)
         initial = weights.initial_trunk(config.init)
-        self.photos = labelled_photos(config.data, config.exclude)
-        training, checked = split(self.photos, config.validate_every)
-        require_batch(config.data, training, config.batch, config.views)
-        require_apart(validation, self.photos, config.keep)
-        require_readable(self.photos)
-        self.count, classes = len(training.paths), len(self.photos.classes)
-        self.arithmetic = Arithmetic(config.precision, here.device)
-        environment = {"device": here.device.type, "processes": here.count, "precision": str(self.arithmetic.dtype)}
-        self.experiment = Experiment(config, writes=here.first, environment=environment)
-        here.wait()
-        say(f"{self.count} photos to train on, {len(checked.paths)} to validate, {classes} classes")
-        self.cache = _FeatureCache(config, training, config.views, "training", initial, here, say)
-        self.checks = _FeatureCache(config, checked, 1, "validation", initial, here, say)
+        super().__init__(config, say, validation, here, config.views)
+        self.cache = _FeatureCache(config, self.training, config.views, "training", initial, here, say)
+        self.checks = _FeatureCache(config, self.checked, 1, "validation", initial, here, say)
         # The trunk stays, and so what reduces the global descriptors of its maps.
         kept = ("trunk.", "global_reduction.")
         self.tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
         whole = spec.global_dim if "global_reduction.mean" in self.tensors else 0
         self.spec = replace(spec, selection="attention", attention_channels=config.hidden, global_dim=whole)
+        classes = len(self.photos.classes)
         pooling = AttentionPooling(spec.trunk.channels, config.hidden, classes, spec.trunk.epsilon).to(here.device)
         pooling.head = here.synchronised(pooling.head)  # type: ignore[assignment] # the same but for its BatchNorm
         self.pooling = pooling
         self.optimizer = torch.optim.AdamW(pooling.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        self.epoch, self.figures = 0, dict[str, float]()
-        saved = self.experiment.load_checkpoint()
-        if saved is not None:
-            state, progress = saved
-            self.experiment.restore({"pooling": pooling}, state)
-            restore_optimizer(self.optimizer, state)
-            self.arithmetic.restore(progress["arithmetic"])
-            self.epoch, self.figures = progress["epoch"], progress["figures"]
-            say(f"resuming after epoch {self.epoch}")
+        self._resume()
         self.trained = here.trained(pooling)
-        self.judged = Judged(self.experiment, validation, resumed=saved is not None)
-
-    def train(self, command: str | None) -> Path:
-        """Train the epochs that are missing, and export."""
-        if self.epoch == 0 and (start := self.judged.judge(0, self.spec, self.exported)):
-            self.experiment.log(stage="attention", epoch=0, **start)
-            self.say(f"before training: {told(start)}")
-        while self.epoch < self.config.epochs:
-            self._train_epoch()
-            self.experiment.save_checkpoint(
-                prefixed("pooling", self.pooling.state_dict()) | optimizer_tensors(self.optimizer),
-                {"epoch": self.epoch, "figures": self.figures, "arithmetic": self.arithmetic.state()},
-            )
-            self.here.wait()
-        path = self.config.out / "attention.safetensors"
-        if self.here.first:
-            tensors, kept = self.judged.kept(self.config.keep, self.exported())
-            if kept:
-                self.say(f"kept: {told(kept['kept'])}")
-            record = self._record() | {"last epoch": self.figures} | kept
-            if command:
-                record["command"] = command
-            export(path, tensors, self.spec, with_stage(earlier(self.config.init), "attention", record))
-        self.here.wait()
-        return path
 
     def exported(self) -> dict[str, Tensor]:
-        """The tensors to export."""
         return self.tensors | prefixed("attention", self.pooling.head.state_dict())
 
-    def _train_epoch(self) -> None:
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"pooling": self.pooling}
+
+    def _train_epoch(self) -> Epoch:
         config, here = self.config, self.here
         steps = len(self.cache) // config.batch
         seen = steps * config.batch
@@ -234,36 +187,12 @@ class _Run:
         loss_sum, answers = here.total([total / here.count, float(right)])
         seconds = time.monotonic() - started
         correct, asked = here.total(_correct(self.pooling, self.checks, self.share, self.arithmetic, here))
-        self.epoch += 1
-        self.figures = {
-            "loss": round(loss_sum / steps, 4),
-            "training_accuracy": round(answers / seen, 4),
-            "validation_accuracy": round(correct / max(1, asked), 4),
-            **self.judged.judge(self.epoch, self.spec, self.exported),
-        }
-        rate = round(seen / seconds, 1)
-        self.experiment.log(stage="attention", epoch=self.epoch, **self.figures, photos_per_second=rate)
-        self.say(f"epoch {self.epoch}: {told(self.figures)}, {seconds:.0f} s")
+        return Epoch(loss_sum / steps, answers, seen, correct, asked, seconds)
 
-    def _record(self) -> dict[str, Any]:
-        """What the model card says of this stage."""
+    def _recipe(self) -> dict[str, Any]:
         config = self.config
         shown = {"crop": config.crop} if config.crop else {"longest side": config.longest}
-        recipe = {
-            "epochs": config.epochs,
-            "batch": config.batch,
-            "learning rate": config.learning_rate,
-            "views": config.views,
-            "scales": list(config.scales),
-            **shown,
-        }
-        return {
-            "data": names(config.data),
-            "classes": len(self.photos.classes),
-            "photos": self.count,
-            "initial weights": config.init.name,
-            "recipe": recipe | self.arithmetic.recipe() | {"processes": self.here.count, "seed": config.seed},
-        }
+        return {"views": config.views, "scales": list(config.scales), **shown}
 
 
 class _FeatureCache:

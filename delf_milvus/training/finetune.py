@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,25 +35,17 @@ from delf_milvus.training import data
 from delf_milvus.training.data import (
     LabelledPhotos,
     PhotoDataset,
-    labelled_photos,
-    require_batch,
-    require_readable,
-    split,
 )
 from delf_milvus.training.experiment import (
-    Experiment,
-    optimizer_tensors,
     prefixed,
-    restore_optimizer,
     silent,
-    told,
     unprefixed,
 )
-from delf_milvus.training.export import earlier, export, names, with_stage
 from delf_milvus.training.heads import ArcFaceHead, SoftmaxHead
 from delf_milvus.training.precision import Arithmetic
 from delf_milvus.training.processes import Processes, processes
-from delf_milvus.training.retrieval import Judged, Keep, Validation, require_apart
+from delf_milvus.training.retrieval import Keep, Validation
+from delf_milvus.training.stage import Epoch, Stage
 from delf_milvus.training.vision import transforms
 from delf_milvus.training.watching import tell
 
@@ -158,29 +150,21 @@ def finetune(
         return _Run(config, say if here.first else silent, validation, here).train(command)
 
 
-class _Run:
-    """One process's part of a run: everything is checked and loaded when it is made, and trained by `train`."""
+class _Run(Stage):
+    """One process's part of a run."""
+
+    name = "finetune"
+    file = "trunk.safetensors"
 
     def __init__(self, config: FinetuneConfig, say: Say, validation: Validation | None, here: Processes) -> None:
-        torch.manual_seed(config.seed)
-        self.config, self.say, self.here = config, say, here
-        share = here.share(config.batch)
+        self.config = config
         initial = weights.initial_trunk(config.init)
         channels = initial.spec.channels
         if config.head == "arcface" and config.global_dim > channels:
             raise UsageError(f"{config.init} has {channels} channels; give --global-dim {channels} or less.")
-        self.photos = labelled_photos(config.data, config.exclude)
-        training, checked = split(self.photos, config.validate_every)
-        require_batch(config.data, training, config.batch)
-        require_apart(validation, self.photos, config.keep)
-        require_readable(self.photos)
-        self.count, classes = len(training.paths), len(self.photos.classes)
-        self.arithmetic = Arithmetic(config.precision, here.device)
-        environment = {"device": here.device.type, "processes": here.count, "precision": str(self.arithmetic.dtype)}
-        self.experiment = Experiment(config, writes=here.first, environment=environment)
-        here.wait()
-        say(f"{self.count} photos to train on, {len(checked.paths)} to validate, {classes} classes")
-        self.loader, self.checks = _loaders(config, training, checked, share, here)
+        super().__init__(config, say, validation, here)
+        classes = len(self.photos.classes)
+        self.loader, self.checks = _loaders(config, self.training, self.checked, self.share, here)
         self.before = {name: value.clone() for name, value in initial.state_dict().items()}
         self.spec = ModelSpec(trunk=initial.spec, selection="norm", attention_channels=0)
         head: SoftmaxHead | ArcFaceHead = SoftmaxHead(channels, classes)
@@ -188,63 +172,19 @@ class _Run:
             head = ArcFaceHead(channels, classes, config.global_dim, config.margin, config.scale)
         self.network = Classifier(initial, head).to(here.device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-        saved = self.experiment.load_checkpoint()
-        if isinstance(head, ArcFaceHead) and saved is None:
-            head.begin(*_seen(self.network.trunk, config, training, self.arithmetic))
+        if isinstance(head, ArcFaceHead) and self.saved is None:
+            head.begin(*_seen(self.network.trunk, config, self.training, self.arithmetic))
         self.network.head = here.synchronised(self.network.head)  # type: ignore[assignment] # but for its BatchNorm
         ema = get_ema_multi_avg_fn(config.ema_decay)
         self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
         self.optimizer = _optimizer(config, self.network)
         self.schedule = _Schedule(self.optimizer, config.epochs * len(self.loader), max(1, len(self.loader) // 10))
-        self.epoch, self.figures = 0, dict[str, float]()
-        if saved is not None:
-            self._resume(*saved)
+        self._resume()
+        self.schedule.step = self.epoch * len(self.loader)
         self.trained = here.trained(self.network)
-        self.judged = Judged(self.experiment, validation, resumed=saved is not None)
-
-    def _resume(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
-        self.experiment.restore({"network": self.network, "average": self.average}, tensors)
-        restore_optimizer(self.optimizer, tensors)
-        self.arithmetic.restore(progress["arithmetic"])
-        self.schedule.step, self.epoch, self.figures = progress["step"], progress["epoch"], progress["figures"]
-        self.say(f"resuming after epoch {self.epoch}")
-
-    def train(self, command: str | None) -> Path:
-        """Train the epochs that are missing, and export."""
-        if self.epoch == 0 and (start := self.judged.judge(0, self.spec, self.exported)):
-            self.experiment.log(stage="finetune", epoch=0, **start)
-            self.say(f"before training: {told(start)}")
-        while self.epoch < self.config.epochs:
-            self._train_epoch()
-            self.experiment.save_checkpoint(
-                prefixed("network", self.network.state_dict())
-                | prefixed("average", self.average.state_dict())
-                | optimizer_tensors(self.optimizer),
-                {
-                    "step": self.schedule.step,
-                    "epoch": self.epoch,
-                    "figures": self.figures,
-                    "arithmetic": self.arithmetic.state(),
-                },
-            )
-            self.here.wait()
-        path = self.config.out / "trunk.safetensors"
-        if self.here.first:
-            tensors, kept = self.judged.kept(self.config.keep, self.exported())
-            if kept:
-                self.say(f"kept: {told(kept['kept'])}")
-            spec = self.spec
-            if "global_reduction.mean" in tensors:
-                spec = replace(spec, global_dim=self.config.global_dim)
-            record = self._record() | {"last epoch": self.figures} | kept
-            if command:
-                record["command"] = command
-            export(path, tensors, spec, with_stage(earlier(self.config.init), "finetune", record))
-        self.here.wait()
-        return path
 
     def exported(self) -> dict[str, Tensor]:
-        """The tensors to export: the average, mixed with the initial weights."""
+        """The average, mixed with the initial weights."""
         after = unprefixed("module.trunk", self.average.state_dict())
         share = self.config.keep_initial
         mixed = {
@@ -258,24 +198,17 @@ class _Run:
             whole |= {"global_reduction.mean": mean.cpu(), "global_reduction.projection": projection.cpu()}
         return whole
 
-    def _train_epoch(self) -> None:
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"network": self.network, "average": self.average}
+
+    def _train_epoch(self) -> Epoch:
         here, steps = self.here, len(self.loader)
         started = time.monotonic()
         total, right = self._pass()
         loss, answers = here.total([total / steps / here.count, float(right)])
         seconds = time.monotonic() - started
         correct, asked = here.total(_correct(self.average.module, self.checks, self.arithmetic))
-        seen = steps * self.config.batch
-        self.epoch += 1
-        self.figures = {
-            "loss": round(loss, 4),
-            "training_accuracy": round(answers / seen, 4),
-            "validation_accuracy": round(correct / max(1, asked), 4),
-            **self.judged.judge(self.epoch, self.spec, self.exported),
-        }
-        rate = round(seen / seconds, 1)
-        self.experiment.log(stage="finetune", epoch=self.epoch, **self.figures, photos_per_second=rate)
-        self.say(f"epoch {self.epoch}: {told(self.figures)}, {seconds:.0f} s")
+        return Epoch(loss, answers, steps * self.config.batch, correct, asked, seconds)
 
     def _pass(self) -> tuple[float, int]:
         """Sum of the steps' losses and right answers of one pass over this process's photos."""
@@ -303,26 +236,12 @@ class _Run:
                 self.say(f"step {self.schedule.step}/{self.schedule.steps} loss {loss.item():.3f}")
         return total, right
 
-    def _record(self) -> dict[str, Any]:
-        """What the model card says of this stage."""
+    def _recipe(self) -> dict[str, Any]:
         config = self.config
-        recipe: dict[str, Any] = {
-            "epochs": config.epochs,
-            "batch": config.batch,
-            "learning rate": config.learning_rate,
-            "crop": config.crop,
-            "keep initial": config.keep_initial,
-            "head": config.head,
-        }
+        recipe: dict[str, Any] = {"crop": config.crop, "keep initial": config.keep_initial, "head": config.head}
         if config.head == "arcface":
             recipe |= {"dim": config.global_dim, "margin": config.margin}
-        return {
-            "data": names(config.data),
-            "classes": len(self.photos.classes),
-            "photos": self.count,
-            "initial weights": config.init.name,
-            "recipe": recipe | self.arithmetic.recipe() | {"processes": self.here.count, "seed": config.seed},
-        }
+        return recipe
 
 
 def _loaders(
