@@ -56,24 +56,16 @@ def test_health_is_told_at_once_while_photos_are_extracted(bundled: Process) -> 
                 time.sleep(0.02)
         return seconds
 
-    # Other programs of this machine may take its processors for a while: one of three rounds is enough.
-    medians = []
-    for _ in range(3):
-        done.clear()
-        with ThreadPoolExecutor(7) as pool:
-            watching = pool.submit(watch)
-            started = time.perf_counter()
-            assert set(pool.map(search, range(6))) == {200}
-            took = time.perf_counter() - started
-            done.set()
-            seconds = watching.result()
-        assert len(seconds) > 5
-        medians.append(statistics.median(seconds))
-        # Long enough that the searches were really under way.
-        assert took > 5 * medians[-1]
-        if medians[-1] < 0.05:
-            return
-    raise AssertionError(medians)
+    with ThreadPoolExecutor(7) as pool:
+        watching = pool.submit(watch)
+        started = time.perf_counter()
+        assert set(pool.map(search, range(6))) == {200}
+        each = (time.perf_counter() - started) / 6
+        done.set()
+        seconds = watching.result()
+    # None waited for a photo, let alone for all six.
+    assert len(seconds) > 5
+    assert statistics.median(seconds) < each / 4
 
 
 def test_a_client_that_leaves_is_noticed_and_its_photo_not_computed(bundled: Process) -> None:
