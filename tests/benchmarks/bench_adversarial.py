@@ -38,7 +38,7 @@ from adversarial import (
     unrelated,
     verified,
 )
-from scenes import Scene
+from drawn_pairs import Scene
 
 Pair = tuple[bool, bool]
 

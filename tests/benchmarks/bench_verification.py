@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "retrieval"))
 
-from scenes import PYRAMID, on_grid, random_truth, scene
+from drawn_pairs import PYRAMID, on_grid, random_truth, scene
 from twins import slow_match, slow_verify
 
 from delf_milvus.retrieval.matching import match_many

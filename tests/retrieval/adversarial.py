@@ -10,8 +10,8 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
+from drawn_pairs import Scene, jacobian_scale, project
 from numpy.typing import NDArray
-from scenes import Scene, jacobian_scale, project
 
 from delf_milvus.retrieval.matching import Matches
 from delf_milvus.retrieval.verification import Keypoints, Verification, verify_many

@@ -32,10 +32,10 @@ from adversarial import (
     unrelated,
     verified,
 )
+from drawn_pairs import Scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scenes import Scene
 from threadpoolctl import threadpool_limits
 
 from delf_milvus.features import Features

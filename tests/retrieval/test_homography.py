@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scenes import project
+from drawn_pairs import project
 
 from delf_milvus.retrieval.homography import refined
 from delf_milvus.retrieval.matching import Matches

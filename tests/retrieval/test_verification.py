@@ -3,9 +3,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from drawn_pairs import project, random_truth, scene, transform_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenes import project, random_truth, scene, transform_error
 from twins import slow_verify
 
 from delf_milvus.retrieval.frame import FRAME
