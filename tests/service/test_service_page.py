@@ -128,7 +128,8 @@ def test_a_query_is_answered_with_proof_that_can_be_looked_at(browser: Any, stor
     assert page.locator(".hit.unproved").count() == 0
 
     first.click()
-    page.wait_for_selector("#stage img")
+    for number in (0, 1):
+        page.locator("#stage img").nth(number).wait_for()
     # The query is a part of the stored photo, from (30, 20) on: laid over it, it lies there.
     base, over = (page.locator("#stage img").nth(number).bounding_box() for number in (0, 1))
     scale = base["width"] / 320
