@@ -300,7 +300,9 @@ def distill(
     epochs: Annotated[int, typer.Option(min=1)] = 5,
     piecewise: Annotated[int, typer.Option(min=0, help="Epochs in which the pieces learn by themselves.")] = 2,
     batch: Annotated[int, typer.Option(min=2)] = 16,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 0.001,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Highest of the pieces.")] = 0.001,
+    whole_rate: Annotated[float, typer.Option(min=0.0, help="Highest of the whole network.")] = 0.0001,
+    precision: PrecisionOption = "auto",
     seed: Seed = 0,
 ) -> None:
     """Make a small, quick model that gives the features of a large one; the photos need no labels.
@@ -327,7 +329,9 @@ def distill(
         piecewise=piecewise,
         batch=batch,
         learning_rate=learning_rate,
+        whole_rate=whole_rate,
         seed=seed,
+        precision=_choice("--precision", precision, ("auto", "fp32", "bf16", "fp16")),
     )
     with _watched(context) as say:
         written = run(config, say, command=_command(context))

@@ -7,6 +7,7 @@ more are read whenever they are drawn.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from delf_milvus.errors import InputError, one_line
 from delf_milvus.ingestion.scan import scan
 from delf_milvus.training.landmark_csv import photos_by_landmark
+from delf_milvus.training.processes import Processes
 from delf_milvus.training.vision import datasets
 
 MOST_IN_MEMORY = 50_000
@@ -171,3 +173,38 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(drawn[0]))
             return self.transform(image), self.labels[index]
+
+
+Batches = DataLoader[tuple[Tensor, int]]
+
+MOST_WORKERS = 16
+"""Processes that draw photos for one GPU, at most."""
+
+
+def batches(photos: PhotoDataset, share: int, seed: int, here: Processes) -> Batches:
+    """This process's part, `share` photos, of each whole batch to learn from, drawn in workers.
+
+    One worker where the CPU computes the network too; for a GPU its part of the cores but one. `in_order_of` sets the
+    epoch.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cuda = here.device.type == "cuda"
+    return DataLoader(
+        photos,
+        share,
+        # With one process too: its order of an epoch is the same for any number of them.
+        sampler=DistributedSampler(photos, here.count, here.rank, seed=seed, drop_last=True),
+        drop_last=True,
+        num_workers=min(MOST_WORKERS, max(1, cores // here.count - 1)) if cuda else 1,
+        persistent_workers=True,
+        pin_memory=cuda,
+    )
+
+
+def in_order_of(epoch: int, loader: Batches) -> Batches:
+    """A loader of `batches` with the order and the draws of an epoch, which depend on nothing else."""
+    assert isinstance(loader.sampler, DistributedSampler)
+    assert isinstance(loader.dataset, PhotoDataset)
+    loader.sampler.set_epoch(epoch)
+    loader.dataset.set_epoch(epoch)
+    return loader

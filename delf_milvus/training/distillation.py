@@ -27,9 +27,13 @@ from delf_milvus.model import weights
 from delf_milvus.model.delf import Delf
 from delf_milvus.model.runtime import prepare
 from delf_milvus.model.trunk import Trunk
+from delf_milvus.settings import Precision
 from delf_milvus.training.data import (
+    Batches,
     LabelledPhotos,
     PhotoDataset,
+    batches,
+    in_order_of,
     require_batch,
     require_readable,
     split,
@@ -37,7 +41,8 @@ from delf_milvus.training.data import (
 )
 from delf_milvus.training.experiment import Experiment, optimizer_tensors, prefixed, restore_optimizer
 from delf_milvus.training.export import earlier, export, names, with_stage
-from delf_milvus.training.processes import started
+from delf_milvus.training.precision import Arithmetic
+from delf_milvus.training.processes import Processes, started
 from delf_milvus.training.pruning import Shape, pruned, sources
 from delf_milvus.training.vision import transforms
 from delf_milvus.training.watching import tell
@@ -56,6 +61,7 @@ class DistillationConfig:
     epochs: in all; piecewise: those of them, at the start, in which the pieces learn by themselves.
     load: shortest side, in pixels, at which photos are kept; crop: side of the random crops.
     learning_rate: highest of the pieces, whole_rate: of the whole network; each rises and falls once.
+    precision: arithmetic of both networks while they learn.
     """
 
     data: tuple[Path, ...]
@@ -76,6 +82,7 @@ class DistillationConfig:
     weight_decay: float = 1e-4
     validate_every: int = 24
     seed: int = 0
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,6 @@ def pieces(small: Trunk, large: Trunk) -> list[Piece]:
     return found
 
 
-Batches = DataLoader[tuple[Tensor, int]]
-
-
 def distill(config: DistillationConfig, say: Say = print, *, command: str | None = None) -> Path:
     """Distil, resuming from the checkpoint in `config.out` where there is one; returns the small model's weight file.
 
@@ -129,17 +133,17 @@ def distill(config: DistillationConfig, say: Say = print, *, command: str | None
         small = pruned(teacher, Shape(config.units, config.widths, config.outputs, config.hidden))
     except ValueError as error:
         raise UsageError(f"The small network does not fit into {config.init}: {error}.") from error
-    experiment = Experiment(config)
+    arithmetic = Arithmetic(config.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    environment = {"device": arithmetic.device.type, "precision": str(arithmetic.dtype)}
+    experiment = Experiment(config, environment=environment)
     paths = unlabelled_photos(config.data, config.exclude)
     training, validation = split(LabelledPhotos(paths, [0] * len(paths), [""]), config.validate_every)
     require_batch(config.data, training, config.batch)
     require_readable(training)
     say(f"{len(training.paths)} photos to learn from, {len(validation.paths)} to validate")
-    shuffled = torch.Generator().manual_seed(config.seed)
-    loader, checks = _loaders(config, training, validation, shuffled)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader, checks = _loaders(config, training, validation, Processes(arithmetic.device))
     for network in (teacher, small):
-        network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
+        network.to(arithmetic.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
     teacher.requires_grad_(False)
     optimizer = torch.optim.AdamW(small.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     first_epoch, likeness = 0, dict[str, float]()
@@ -147,16 +151,15 @@ def distill(config: DistillationConfig, say: Say = print, *, command: str | None
         tensors, progress = saved
         experiment.restore({"network": small}, tensors)
         restore_optimizer(optimizer, tensors)
+        arithmetic.restore(progress["arithmetic"])
         first_epoch, likeness = progress["epoch"], progress["likeness"]
-        shuffled.manual_seed(config.seed + first_epoch)
         say(f"resuming after epoch {first_epoch}")
     for epoch in range(first_epoch, config.epochs):
         begun = time.monotonic()
-        loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined] # a PhotoDataset
         if epoch == config.piecewise:
             # Steps scaled by the small gradients of the pieces would throw the whole network far off.
             optimizer.state.clear()
-        loss = _epoch(config, teacher, small, optimizer, loader, epoch, say)
+        loss = _epoch(config, teacher, small, optimizer, arithmetic, in_order_of(epoch, loader), epoch, say)
         likeness = _likeness(teacher, small, checks)
         seconds = time.monotonic() - begun
         experiment.log(
@@ -170,14 +173,21 @@ def distill(config: DistillationConfig, say: Say = print, *, command: str | None
         say(f"epoch {epoch + 1}: loss {loss:.4f}, {told}, {seconds:.0f} s")
         experiment.save_checkpoint(
             prefixed("network", small.state_dict()) | optimizer_tensors(optimizer),
-            {"epoch": epoch + 1, "likeness": likeness},
+            {"epoch": epoch + 1, "likeness": likeness, "arithmetic": arithmetic.state()},
         )
     record = {
         "data": names(config.data),
         "photos": len(training.paths),
         "large model": config.init.name,
         "dim": small.spec.dim,
-        "recipe": {"epochs": config.epochs, "piecewise": config.piecewise, "batch": config.batch, "seed": config.seed},
+        "recipe": {
+            "epochs": config.epochs,
+            "piecewise": config.piecewise,
+            "batch": config.batch,
+            "learning rates": [config.learning_rate, config.whole_rate],
+            "seed": config.seed,
+        }
+        | arithmetic.recipe(),
         "last epoch": likeness,
     }
     if command:
@@ -191,6 +201,7 @@ def _epoch(
     teacher: Delf,
     small: Delf,
     optimizer: torch.optim.Optimizer,
+    arithmetic: Arithmetic,
     loader: Batches,
     epoch: int,
     say: Say,
@@ -200,15 +211,12 @@ def _epoch(
     first, last = (0, config.piecewise) if by_pieces else (config.piecewise, config.epochs)
     losses, highest = (_piecewise_losses, config.learning_rate) if by_pieces else (_whole_losses, config.whole_rate)
     total = 0.0
-    for number, loss in enumerate(losses(teacher, small, loader)):
+    for number, loss in enumerate(losses(teacher, small, loader, arithmetic)):
         done = (epoch - first + number / len(loader)) / (last - first)
         rate = highest * min(1.0, done * 20 + 0.05) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(small.parameters(), 5.0)
-        optimizer.step()
+        arithmetic.step(loss, optimizer, list(small.parameters()), 5.0)
         total += loss.item()
         tell(say, f"epoch {epoch + 1}", number + 1, len(loader), "batches")
         if number % 50 == 0:
@@ -217,7 +225,7 @@ def _epoch(
 
 
 def _loaders(
-    config: DistillationConfig, training: LabelledPhotos, validation: LabelledPhotos, shuffled: torch.Generator
+    config: DistillationConfig, training: LabelledPhotos, validation: LabelledPhotos, here: Processes
 ) -> tuple[Batches, Batches]:
     """Batches of random crops to learn from, and of central crops to validate with."""
     augment = transforms.Compose(
@@ -228,14 +236,9 @@ def _loaders(
         ]
     )
     centre = transforms.Compose([transforms.Resize(config.load, antialias=True), transforms.CenterCrop(config.crop)])
-    loader = DataLoader(
-        PhotoDataset(training, config.load, augment, seed=config.seed),
-        config.batch,
-        shuffle=True,
-        generator=shuffled,
-        drop_last=True,
-    )
-    return loader, DataLoader(PhotoDataset(validation, config.load, centre), config.batch)
+    drawn = PhotoDataset(training, config.load, augment, seed=config.seed)
+    checks = DataLoader(PhotoDataset(validation, config.load, centre), config.batch)
+    return batches(drawn, config.batch, config.seed, here), checks
 
 
 def _units(trunk: Trunk) -> list[nn.Module]:
@@ -250,10 +253,10 @@ def _stem(trunk: Trunk, pixels: Tensor) -> Tensor:
 
 def _pixels(loader: Batches, device: torch.device) -> Iterator[Tensor]:
     for pixels, _ in loader:
-        yield pixels.to(device, memory_format=torch.channels_last).float()
+        yield pixels.to(device, memory_format=torch.channels_last, non_blocking=True).float()
 
 
-def _piecewise_losses(teacher: Delf, small: Delf, loader: Batches) -> Iterator[Tensor]:
+def _piecewise_losses(teacher: Delf, small: Delf, loader: Batches, arithmetic: Arithmetic) -> Iterator[Tensor]:
     """The mean of the pieces' relative squared errors, and of the attention head's, for each batch.
 
     BatchNorm takes its statistics from the batch, and remembers them: fewer channels sum up to other ones.
@@ -264,38 +267,42 @@ def _piecewise_losses(teacher: Delf, small: Delf, loader: Batches) -> Iterator[T
     small.train()
     lessons = pieces(small.trunk, teacher.trunk)
     units, large_units = _units(small.trunk), _units(teacher.trunk)
-    for pixels in _pixels(loader, small.reduction.mean.device):
-        with torch.no_grad():
+    for pixels in _pixels(loader, arithmetic.device):
+        with torch.no_grad(), arithmetic.autocast():
             maps = [_stem(teacher.trunk, pixels)]
             for unit in large_units:
                 maps.append(unit(maps[-1]))
             features = torch.relu(teacher.trunk.final_bn(maps[-1]))
             scores = teacher.attention(features)
-        losses = [_relative(_log(small.attention(features)), _log(scores))]
-        for piece in lessons:
-            x = _stem(small.trunk, pixels) if piece.before == 0 else maps[piece.before]
-            for number in piece.own:
-                x = units[number](x)
-            losses.append(_relative(x, maps[piece.after]))
+        losses = []
+        with arithmetic.autocast():
+            own_scores = small.attention(features)
+            for piece in lessons:
+                x = _stem(small.trunk, pixels) if piece.before == 0 else maps[piece.before]
+                for number in piece.own:
+                    x = units[number](x)
+                losses.append(_relative(x.float(), maps[piece.after].float()))
+        losses.append(_relative(_log(own_scores), _log(scores)))
         yield torch.stack(losses).mean()
 
 
-def _whole_losses(teacher: Delf, small: Delf, loader: Batches) -> Iterator[Tensor]:
+def _whole_losses(teacher: Delf, small: Delf, loader: Batches, arithmetic: Arithmetic) -> Iterator[Tensor]:
     """What the maps, descriptors and scores of both networks differ by, for each batch.
 
     BatchNorm keeps its statistics.
     """
     small.eval()
-    large = prepare(teacher, teacher.reduction.mean.device, torch.float32)
-    for pixels in _pixels(loader, small.reduction.mean.device):
+    large = prepare(teacher, arithmetic.device, arithmetic.dtype)
+    for pixels in _pixels(loader, arithmetic.device):
         with torch.no_grad():
             features, scores = large(pixels, "attention")
             each = scores.flatten(1)
             attended = each >= each.median(dim=1, keepdim=True).values
             weight = torch.where(attended, 1.75, 0.25).flatten()
             wanted = teacher.reduction(_cells(features))
-        own, own_scores = small(pixels, "attention")
-        cells, targets = _cells(own), _cells(features)
+        with arithmetic.autocast():
+            own, own_scores = small(pixels, "attention")
+        cells, targets = _cells(own).float(), _cells(features).float()
         error = (cells - targets).square().sum(dim=1) / targets.square().sum(dim=1).mean()
         angle = 1 - (small.reduction(cells) * wanted).sum(dim=1)
         yield (weight * (error + 2 * angle)).mean() + _relative(_log(own_scores), _log(scores))

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Subset
 
 from delf_milvus.errors import UsageError
 from delf_milvus.model import weights
@@ -33,8 +33,11 @@ from delf_milvus.model.trunk import Trunk
 from delf_milvus.settings import Precision
 from delf_milvus.training import data
 from delf_milvus.training.data import (
+    Batches,
     LabelledPhotos,
     PhotoDataset,
+    batches,
+    in_order_of,
 )
 from delf_milvus.training.experiment import (
     prefixed,
@@ -122,8 +125,6 @@ class Classifier(nn.Module):
                 module.eval()
         return self
 
-
-Batches = DataLoader[tuple[Tensor, int]]
 
 SEEN = 2000
 """Photos at most that the ArcFace head begins with."""
@@ -213,13 +214,11 @@ class _Run(Stage):
     def _pass(self) -> tuple[float, int]:
         """Sum of the steps' losses and right answers of one pass over this process's photos."""
         self.network.train()
-        self.loader.sampler.set_epoch(self.epoch)  # type: ignore[attr-defined] # a DistributedSampler
-        self.loader.dataset.set_epoch(self.epoch)  # type: ignore[attr-defined] # a PhotoDataset
         smoothing = self.config.label_smoothing if self.config.head == "softmax" else 0.0
         criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
         clipped = list(self.network.trunk.parameters())
         total, right = 0.0, 0
-        for pixels, labels in self.loader:
+        for pixels, labels in in_order_of(self.epoch, self.loader):
             self.schedule.advance()
             pixels = pixels.to(self.here.device, memory_format=torch.channels_last).float()
             labels = labels.to(self.here.device)
@@ -257,17 +256,8 @@ def _loaders(
     centre = _centre(config)
     most = data.MOST_IN_MEMORY // here.count
     drawn = PhotoDataset(training, config.load, augment, seed=config.seed, most=most)
-    loader = DataLoader(
-        drawn,
-        share,
-        # With one process too: its order of an epoch is the same for any number of them.
-        sampler=DistributedSampler(drawn, here.count, here.rank, seed=config.seed, drop_last=True),
-        drop_last=True,
-        num_workers=1,
-        persistent_workers=True,
-    )
     mine = Subset(PhotoDataset(checked, config.load, centre), range(here.rank, len(checked.paths), here.count))
-    return loader, DataLoader(mine, share)
+    return batches(drawn, share, config.seed, here), DataLoader(mine, share)
 
 
 def _centre(config: FinetuneConfig) -> Callable[[Tensor], Tensor]:
