@@ -248,10 +248,18 @@ class IngestSettings(_Stage):
     """How a folder becomes rows."""
 
     on_error: Literal["skip", "stop"] = Field(default="skip", description="What a photo that fails does to the run.")
-    decode_threads: int = Field(
-        default=2, ge=1, le=64, description="Threads that read and decode ahead of the network."
+    decode_threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="Threads that read and decode ahead of the network. None: 2, or 16 at most for one on a GPU.",
     )
-    queue: int = Field(default=8, ge=1, le=1024, description="Decoded photos that wait, at most: bounds memory.")
+    queue: int = Field(
+        default=8,
+        ge=1,
+        le=1024,
+        description="Decoded photos that wait, at most (for a GPU 64 more): bounds memory.",
+    )
     follow_links: bool = Field(default=True, description="Descend into linked folders (each real folder once).")
 
 

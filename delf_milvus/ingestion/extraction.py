@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,9 @@ from delf_milvus.features import Features, Fingerprint, Float32Array
 from delf_milvus.imaging.attention import attention_picture
 from delf_milvus.imaging.decode import RgbImage, decode
 from delf_milvus.imaging.draw import save_picture
+from delf_milvus.ingestion.ahead import Ahead, PhotoExtraction, not_extracted, ready
 from delf_milvus.ingestion.pipeline import Progress
-from delf_milvus.ingestion.scan import Failure, Scan
+from delf_milvus.ingestion.scan import Failure, Photo, Scan
 from delf_milvus.settings import Settings
 
 if TYPE_CHECKING:
@@ -88,40 +91,84 @@ def extract_photos(
     """
     started = time.monotonic()
     report = ExtractReport(failures=list(scanned.failures))
-    try:
-        for done, photo in enumerate(scanned.photos, 1):
-            kept = folder is None or folder.has(photo.image_id)
-            drawn = pictures is None or pictures.has(photo.image_id)
-            if kept and drawn:
-                report.skipped += 1
-            else:
-                extractor = load_extractor()
-                try:
-                    pixels = decode(photo.path, settings.decode)
-                    # The map comes with the same pass of the network, and is not made for nothing.
-                    features, attention = (
-                        (extractor.extract(pixels, extractor.plan.stored_features), None)
-                        if drawn
-                        else extractor.attended(pixels, extractor.plan.stored_features)
-                    )
-                except InputError as error:
-                    report.failures.append(Failure(str(photo.path), str(error)))
-                except (ValueError, RuntimeError, MemoryError, cv2.error) as error:
-                    log.info("extraction failed", exc_info=error)
-                    reason = one_line(str(error).partition("\n")[0] or type(error).__name__)
-                    text = f"{one_line(photo.path)} cannot be extracted: {reason}."
-                    report.failures.append(Failure(str(photo.path), text))
-                else:
-                    if folder is not None and not kept:
-                        folder.write(photo.image_id, features)
-                    if pictures is not None and attention is not None:
-                        pictures.write(photo.image_id, pixels, features, attention, extractor.fingerprint)
-                    report.extracted += 1
-                    report.features += len(features)
-            if progress is not None:
-                seconds = time.monotonic() - started
-                progress(Progress(done, len(scanned.photos), report.extracted, len(report.failures), seconds))
-    except KeyboardInterrupt:
-        report.interrupted = True
+    run = _Run(folder, pictures, load_extractor, settings, report)
+    extract = PhotoExtraction(load_extractor)
+    done = 0
+    with Ahead(run.decoded, scanned.photos, settings.ingest) as ahead:
+        try:
+            taken = iter(ahead)
+            while group := list(islice(taken, extract.at_once)):
+                run.take(group, extract)
+                ahead.widen(extract.at_once)
+                done += len(group)
+                if progress is not None:
+                    seconds = time.monotonic() - started
+                    progress(Progress(done, len(scanned.photos), report.extracted, len(report.failures), seconds))
+        except KeyboardInterrupt:
+            report.interrupted = True
     report.seconds = time.monotonic() - started
     return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What happens to each photo, and the counts of it. Arguments as of `extract_photos`."""
+
+    folder: FeatureFolder | None
+    pictures: AttentionPictures | None
+    load_extractor: Callable[[], Extractor]
+    settings: Settings
+    report: ExtractReport
+
+    def decoded(self, photo: Photo) -> RgbImage | None:
+        """A photo's pixels; None where all that is wanted of it is there. Raises InputError."""
+        return decode(photo.path, self.settings.decode) if self._lacks(photo) or self._undrawn(photo) else None
+
+    def take(self, group: Sequence[tuple[Photo, Future[RgbImage | None]]], extract: PhotoExtraction) -> None:
+        """Extract and write photos."""
+        plain: list[tuple[Photo, RgbImage]] = []
+        for photo, future in group:
+            pixels = ready(future)
+            if isinstance(pixels, InputError):
+                self._fail(photo, pixels)
+            elif pixels is None:
+                self.report.skipped += 1
+            elif self._undrawn(photo):
+                self._draw(photo, pixels)
+            else:
+                plain.append((photo, pixels))
+        found = extract([(str(photo.path), pixels) for photo, pixels in plain]) if plain else []
+        for (photo, _), features in zip(plain, found, strict=True):
+            if isinstance(features, InputError):
+                self._fail(photo, features)
+            else:
+                self._write(photo, features)
+
+    def _lacks(self, photo: Photo) -> bool:
+        return self.folder is not None and not self.folder.has(photo.image_id)
+
+    def _undrawn(self, photo: Photo) -> bool:
+        return self.pictures is not None and not self.pictures.has(photo.image_id)
+
+    def _draw(self, photo: Photo, pixels: RgbImage) -> None:
+        """Extract and write a photo with its picture."""
+        assert self.pictures is not None
+        extractor = self.load_extractor()
+        try:
+            # The map comes with the same pass of the network.
+            features, attention = extractor.attended(pixels, extractor.plan.stored_features)
+        except (ValueError, RuntimeError, MemoryError, cv2.error) as error:
+            log.info("extraction failed", exc_info=error)
+            self._fail(photo, not_extracted(str(photo.path), error))
+            return
+        self._write(photo, features)
+        self.pictures.write(photo.image_id, pixels, features, attention, extractor.fingerprint)
+
+    def _write(self, photo: Photo, features: Features) -> None:
+        if self.folder is not None and self._lacks(photo):
+            self.folder.write(photo.image_id, features)
+        self.report.extracted += 1
+        self.report.features += len(features)
+
+    def _fail(self, photo: Photo, error: InputError) -> None:
+        self.report.failures.append(Failure(str(photo.path), str(error)))

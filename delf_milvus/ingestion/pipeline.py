@@ -2,8 +2,8 @@
 
 The files are photos here; `precomputed` feeds the same pipeline with features that were made elsewhere.
 
-- At most `queue` decoded photos wait for the network and at most two batches for the database: memory does not grow
-  with the folder, only with the size of its photos (three bytes a pixel).
+- At most `queue` decoded photos wait for the network (on a GPU: and 64 more) and at most two batches for the database:
+  memory does not grow with the folder, only with the size of its photos (three bytes a pixel).
 - A photo with the stored content hash and the same model is not decoded at all.
 - A photo that fails is listed and stops nothing else. A database that fails stops the run: what was written stays.
 - Ctrl-C stops reading, writes what is extracted, and returns; running the same call again goes on from there.
@@ -16,18 +16,17 @@ import os
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
-
-import cv2
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from delf_milvus.errors import InputError, one_line
 from delf_milvus.features import Features, Fingerprint
 from delf_milvus.imaging.decode import RgbImage, content_digest, decode, read_bytes
+from delf_milvus.ingestion.ahead import Ahead, PhotoExtraction, ready
 from delf_milvus.ingestion.scan import Failure, Photo, Scan
 from delf_milvus.settings import Settings
 from delf_milvus.store.feature_store import FeatureStore
@@ -44,6 +43,7 @@ SPARSE = 10
 _BATCH = 16
 
 T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 
 @dataclass
@@ -136,24 +136,26 @@ def ingest_photos(
             record, stored, fingerprint, os.path.isfile, lambda: decode(data, settings.decode, str(photo.path))
         )
 
-    def extract(record: ImageRecord, pixels: RgbImage) -> Features:
-        extractor = load_extractor()
-        try:
-            return extractor.extract(pixels, extractor.plan.stored_features)
-        except (ValueError, RuntimeError, MemoryError, cv2.error) as error:
-            # One photo that exhausts memory or breaks a kernel must not end a run over a million others.
-            log.info("extraction failed", exc_info=error)
-            reason = one_line(str(error).partition("\n")[0] or type(error).__name__)
-            raise InputError(f"{one_line(record.uri)} cannot be extracted: {reason}.") from error
+    return ingest_files(
+        scanned, store, prepare, PhotoExtraction(load_extractor), settings, dry_run=dry_run, progress=progress
+    )
 
-    return ingest_files(scanned, store, prepare, extract, settings, dry_run=dry_run, progress=progress)
+
+class Extraction(Protocol[T_contra]):
+    """Makes features of the content of files, given each with its place; InputError for one that fails."""
+
+    @property
+    def at_once(self) -> int:
+        """How many files to give at a time."""
+
+    def __call__(self, contents: Sequence[tuple[str, T_contra]], /) -> list[Features | InputError]: ...
 
 
 def ingest_files(
     scanned: Scan,
     store: FeatureStore,
     prepare: Callable[[Photo, ImageRecord | None], Prepared[T]],
-    extract: Callable[[ImageRecord, T], Features],
+    extract: Extraction[T],
     settings: Settings,
     *,
     dry_run: bool = False,
@@ -161,7 +163,7 @@ def ingest_files(
 ) -> IngestReport:
     """The pipeline: `prepare` a file, whose stored record is given, in a thread, `extract` its features in this one.
 
-    Both may raise InputError, which fails that file. Raises DatabaseError when the database fails.
+    `prepare` may raise InputError, which fails that file. Raises DatabaseError when the database fails.
     """
     started = time.monotonic()
     report = IngestReport(failures=list(scanned.failures))
@@ -182,23 +184,23 @@ def ingest_files(
     def looked_up(photo: Photo) -> Prepared[T]:
         return prepare(photo, known.get(photo.image_id))
 
-    with ThreadPoolExecutor(settings.ingest.decode_threads, "decode") as pool, writer:
-        ahead = _ahead(pool, looked_up, scanned.photos, settings.ingest.queue)
+    done = 0
+    with Ahead(looked_up, scanned.photos, settings.ingest) as ahead, writer:
         try:
             tell(0)
-            for done, (photo, future) in enumerate(zip(scanned.photos, ahead, strict=True), 1):
-                try:
-                    extracted += run.take(future.result())
-                except InputError as error:
-                    report.failures.append(Failure(photo.place, str(error)))
-                    if stop_at_failure:
-                        report.stopped = True
-                        break
-                tell(done)
+            taken = iter(ahead)
+            while not report.stopped and (group := list(islice(taken, extract.at_once))):
+                for photo, outcome in run.take(group, stop_at_failure):
+                    if isinstance(outcome, InputError):
+                        report.failures.append(Failure(photo.place, str(outcome)))
+                        report.stopped = stop_at_failure
+                    else:
+                        extracted += outcome
+                    done += 1
+                    tell(done)
+                ahead.widen(extract.at_once)
         except KeyboardInterrupt:
             report.interrupted = True
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
     if not dry_run:
         store.describe(run.moved)
     report.seconds = time.monotonic() - started
@@ -212,28 +214,62 @@ class _Run(Generic[T]):
 
     report: IngestReport
     writer: _Writer
-    extract: Callable[[ImageRecord, T], Features]
+    extract: Extraction[T]
     dry_run: bool
     moved: list[ImageRecord] = field(default_factory=list)
 
-    def take(self, item: Prepared[T]) -> bool:
-        """Extract and hand over a file; whether it needed extraction. Raises InputError."""
+    def take(
+        self, group: Sequence[tuple[Photo, Future[Prepared[T]]]], stop_at_failure: bool
+    ) -> Iterator[tuple[Photo, bool | InputError]]:
+        """Extract and hand over files: whether each needed extraction, or why it failed.
+
+        stop_at_failure: nothing behind the first file that fails is handed over.
+        """
+        outcomes: list[tuple[Photo, Prepared[T] | InputError]] = []
+        for photo, future in group:
+            outcome = ready(future)
+            outcomes.append((photo, outcome))
+            if stop_at_failure and isinstance(outcome, InputError):
+                break
+        wanted = [
+            (item.record.uri, item.content)
+            for _, item in outcomes
+            if isinstance(item, Prepared) and item.content is not None and not self.dry_run
+        ]
+        extracted = iter(self.extract(wanted) if wanted else [])
+        for photo, item in outcomes:
+            if isinstance(item, InputError):
+                yield photo, item
+                continue
+            if item.content is None:
+                self._keep(item)
+                yield photo, False
+                continue
+            features = None if self.dry_run else next(extracted)
+            if isinstance(features, InputError):
+                yield photo, features
+                if stop_at_failure:
+                    return
+                continue
+            self._put(item, features)
+            yield photo, True
+
+    def _keep(self, item: Prepared[T]) -> None:
+        self.report.unchanged += not item.moved
+        self.report.updated += item.moved
+        if item.moved:
+            self.moved.append(item.record)
+
+    def _put(self, item: Prepared[T], features: Features | None) -> None:
+        """features: None in a dry run."""
         report = self.report
-        if item.content is None:
-            report.unchanged += not item.moved
-            report.updated += item.moved
-            if item.moved:
-                self.moved.append(item.record)
-            return False
-        if not self.dry_run:
-            features = self.extract(item.record, item.content)
+        if features is not None:
             self.writer.put(item.record, features)
             report.features += len(features)
             if len(features) < SPARSE:
                 report.sparse.append(item.record.image_id)
         report.updated += item.is_update
         report.added += not item.is_update
-        return True
 
 
 def gone(store: FeatureStore, roots: list[Path], failures: list[Failure]) -> list[str]:
@@ -288,18 +324,6 @@ def prepared(
             "give this folder an --id-prefix of its own."
         )
     return Prepared(record, load(), True)
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, prepare: Callable[[Photo], Prepared[T]], photos: Sequence[Photo], window: int
-) -> Iterator[Future[Prepared[T]]]:
-    """The preparations of the files, in order, with at most `window` of them submitted and not yet taken."""
-    waiting: deque[Future[Prepared[T]]] = deque()
-    for photo in photos:
-        waiting.append(pool.submit(prepare, photo))
-        if len(waiting) >= window:
-            yield waiting.popleft()
-    yield from waiting
 
 
 class _Writer:

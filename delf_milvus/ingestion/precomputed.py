@@ -152,9 +152,16 @@ def ingest_features(
         record = store.typed(described(photo, digest, stored))
         return prepared(record, stored, fingerprint, _is_there, lambda: features)
 
-    return ingest_files(
-        scanned, store, prepare, lambda _, features: features, settings, dry_run=dry_run, progress=progress
-    )
+    return ingest_files(scanned, store, prepare, _AsTheyAre(), settings, dry_run=dry_run, progress=progress)
+
+
+class _AsTheyAre:
+    """Features that were extracted elsewhere."""
+
+    at_once = 1
+
+    def __call__(self, contents: Sequence[tuple[str, Features]], /) -> list[Features | InputError]:
+        return [features for _, features in contents]
 
 
 def gone_features(store: FeatureStore, scanned: Scan, failures: Sequence[Failure]) -> list[str]:

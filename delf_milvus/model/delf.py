@@ -56,16 +56,15 @@ class Reduction(nn.Module):
 
 
 def pooled(levels: Sequence[Tensor], power: float = 3.0) -> Tensor:
-    """One vector of unit length, (C,), of a photo's maps: generalised mean over the cells, then the mean over levels.
+    """One vector of unit length, (..., C), of a photo's maps: generalised mean over the cells, then the mean over
+    levels.
 
-    levels: the map of each pyramid level, (n, C), never negative. Each level counts as much as the others. Source:
-    Radenovic et al., Fine-tuning CNN image retrieval with no human annotation, TPAMI 2018.
+    levels: the map of each pyramid level, (..., n, C), never negative. Each level counts as much as the others.
+    Source: Radenovic et al., Fine-tuning CNN image retrieval with no human annotation, TPAMI 2018.
     """
-    total = torch.zeros(levels[0].shape[1], device=levels[0].device)
-    for cells in levels:
-        mean = cells.float().clamp(min=1e-6).pow(power).mean(dim=0).pow(1 / power)
-        total += nn.functional.normalize(mean, dim=0)
-    return nn.functional.normalize(total, dim=0)
+    means = [cells.float().clamp(min=1e-6).pow(power).mean(dim=-2).pow(1 / power) for cells in levels]
+    total = torch.stack([nn.functional.normalize(mean, dim=-1) for mean in means]).sum(dim=0)
+    return nn.functional.normalize(total, dim=-1)
 
 
 class Delf(nn.Module):

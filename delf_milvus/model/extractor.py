@@ -8,6 +8,7 @@ pixels that it was trained on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,20 +21,24 @@ from torch import Tensor
 from delf_milvus.features import Box, Features, clipped_box
 from delf_milvus.model import weights
 from delf_milvus.model.delf import pooled
-from delf_milvus.model.resize import resize_tf_bilinear, tf_size
+from delf_milvus.model.resize import resize, resize_tf_bilinear, tf_size
 from delf_milvus.model.runtime import load_network, resolve_device, resolve_dtype
 from delf_milvus.model.spec import fingerprint_of, resolve, selection_of
 from delf_milvus.settings import ExtractSettings
 
 RgbImage = npt.NDArray[np.uint8]
 
+_MOST_TOGETHER = 32
+_PIXELS_TOGETHER = 16_000_000
+"""Photos, and pixels of their largest level, that one pass of a GPU takes at most: some 4 GB."""
+
 _MAP_SIDE = 512
 """Pixels of the longest side of an attention map: finer than the cells of any level that is used."""
 
 
 class _Level(NamedTuple):
-    """One level of the pyramid: scores (n,), maps (n, C), locations (n, 2) and scales (n,) of its cells, row by row;
-    rows and columns of its grid; its scale relative to the region."""
+    """One level of the pyramid of N photos of one size, whose cells lie row by row: scores (N, n), maps (N, n, C),
+    locations (n, 2) and scales (n,); rows and columns of its grid; its scale relative to the region."""
 
     scores: Tensor
     maps: Tensor
@@ -77,8 +82,31 @@ class Extractor:
         """
         height, width = photo.shape[:2]
         x0, y0, x1, y1 = map(int, clipped_box(box, width, height))
+        region = photo[y0:y1, x0:x1]
         with torch.inference_mode():
-            return self._selected(self._levels(photo[y0:y1, x0:x1]), count, (x0, y0), (width, height))
+            return self._selected(self._levels(region[None]), 1, count, (x0, y0), (width, height))[0]
+
+    def extract_many(self, photos: Sequence[RgbImage], count: int) -> list[Features]:
+        """What `extract` gives for each photo, to the rounding of the arithmetic; all have one shape.
+
+        On a GPU one pass over `together` photos takes little longer than over one; on a CPU it takes as long as one by
+        one, and more memory.
+        """
+        height, width = photos[0].shape[:2]
+        with torch.inference_mode():
+            return self._selected(self._levels(np.stack(photos)), len(photos), count, (0, 0), (width, height))
+
+    @property
+    def most_together(self) -> int:
+        """The most that `together` says of photos of any shape."""
+        return 1 if self.device.type == "cpu" else _MOST_TOGETHER
+
+    def together(self, shape: tuple[int, int]) -> int:
+        """How many photos of this height and width `extract_many` should be given at most: 1 on a CPU, and on a GPU as
+        many as fill it, in bounded memory."""
+        shrink = min(1.0, self.plan.longest_side / max(shape))
+        largest = shape[0] * shape[1] * (shrink * max(self.plan.scales)) ** 2
+        return max(1, min(self.most_together, int(_PIXELS_TOGETHER / max(largest, 1))))
 
     def attended(self, photo: RgbImage, count: int) -> tuple[Features, npt.NDArray[np.float32]]:
         """What `extract` gives, and the scores of all cells as a map over the photo.
@@ -89,8 +117,8 @@ class Extractor:
         """
         height, width = photo.shape[:2]
         with torch.inference_mode():
-            levels = self._levels(photo)
-            features = self._selected(levels, count, (0, 0), (width, height))
+            levels = self._levels(photo[None])
+            features = self._selected(levels, 1, count, (0, 0), (width, height))[0]
         factor = min(1.0, _MAP_SIDE / max(height, width))
         shape = max(1, round(height * factor)), max(1, round(width * factor))
         highest = np.zeros(shape, np.float32)
@@ -106,70 +134,79 @@ class Extractor:
             np.maximum(highest, one, out=highest)
         return features, highest
 
-    def _levels(self, region: RgbImage) -> list[_Level]:
-        """The levels of the pyramid of a region that are not too small."""
-        shrink = min(1.0, self.plan.longest_side / max(region.shape[:2]))
-        levels = (self._level(region, scale * shrink) for scale in self.plan.scales)
+    def _levels(self, regions: npt.NDArray[np.uint8]) -> list[_Level]:
+        """The levels of the pyramid of regions, (N, H, W, 3), that are not too small."""
+        sides = regions.shape[1:3]
+        shrink = min(1.0, self.plan.longest_side / max(sides))
+        pixels = torch.from_numpy(np.ascontiguousarray(regions))
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        levels = (self._level(pixels, scale * shrink) for scale in self.plan.scales)
         return [level for level in levels if level is not None]
 
-    def _selected(self, levels: list[_Level], count: int, offset: tuple[int, int], size: tuple[int, int]) -> Features:
-        """The `count` best features of all levels. offset: x, y of the region in the photo of this size."""
+    def _selected(
+        self, levels: list[_Level], photos: int, count: int, offset: tuple[int, int], size: tuple[int, int]
+    ) -> list[Features]:
+        """The `count` best features of all levels, for each of so many photos. offset: x, y of the region in a photo of
+        this size."""
         width, height = size
         if not levels:
-            return _no_features(self.fingerprint.dim, width, height)
-        scores = torch.cat([level.scores for level in levels])
-        order = torch.sort(scores, descending=True, stable=True).indices[:count]
-        if self._least_attention is not None:
-            order = order[scores[order] >= self._least_attention]
-        maps = torch.cat([level.maps for level in levels])[order]
-        descriptors = self._reduction(maps).cpu().numpy()
-        global_descriptor = self._global_descriptor([level.maps for level in levels])
-        attention = scores[order].cpu().numpy()
-        rows = order.cpu().numpy()
-        locations = np.concatenate([level.locations for level in levels])[rows]
-        scales = np.concatenate([level.scales for level in levels])[rows]
-        locations += np.array(offset, np.float32)
-        return Features(locations, scales, attention, descriptors, width, height, global_descriptor)
+            return [_no_features(self.fingerprint.dim, width, height)] * photos
+        all_scores = torch.cat([level.scores for level in levels], dim=1)
+        scores, order = (part[:, :count] for part in torch.sort(all_scores, dim=1, descending=True, stable=True))
+        maps = torch.cat([level.maps for level in levels], dim=1)
+        chosen = maps[torch.arange(len(order), device=order.device)[:, None], order]
+        descriptors = self._reduction(chosen.flatten(0, 1)).view(*order.shape, -1).cpu().numpy()
+        whole = self._global_descriptors([level.maps for level in levels])
+        locations = np.concatenate([level.locations for level in levels])
+        scales = np.concatenate([level.scales for level in levels])
+        found = []
+        for attention, rows, own, global_descriptor in zip(
+            scores.cpu().numpy(), order.cpu().numpy(), descriptors, whole, strict=True
+        ):
+            if self._least_attention is not None:
+                above = int(np.count_nonzero(attention >= self._least_attention))
+                attention, rows, own = attention[:above], rows[:above], own[:above]
+            places = locations[rows] + np.array(offset, np.float32)
+            found.append(Features(places, scales[rows], attention, own, width, height, global_descriptor))
+        return found
 
-    def _global_descriptor(self, maps: list[Tensor]) -> npt.NDArray[np.float32]:
-        """(G,) float32, of the maps (n, C) of all levels; of length 0 where the model has none."""
+    def _global_descriptors(self, maps: list[Tensor]) -> npt.NDArray[np.float32]:
+        """(N, G) float32, of the maps (N, n, C) of all levels; of length 0 where the model has none."""
         if self._global_reduction is None:
-            return np.zeros(0, np.float32)
-        return np.asarray(self._global_reduction(pooled(maps)[None])[0].cpu().numpy())
+            return np.zeros((len(maps[0]), 0), np.float32)
+        return np.asarray(self._global_reduction(pooled(maps)).cpu().numpy())
 
-    def _level(self, region: RgbImage, scale: float) -> _Level | None:
+    def _level(self, regions: Tensor, scale: float) -> _Level | None:
         """One level of the pyramid; None if it is too small."""
-        pixels = self._resized(region, scale)
+        pixels = self._resized(regions, scale)
         if pixels is None:
             return None
-        features, scores = self._network(pixels[None])
+        features, scores = self._network(pixels)
         rows, columns = features.shape[2:]
         grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
         locations = (grid * (self._stride / scale)).astype(np.float32)
         return _Level(
-            scores.reshape(-1),
-            features[0].permute(1, 2, 0).reshape(rows * columns, -1),
+            scores.flatten(1),
+            features.permute(0, 2, 3, 1).flatten(1, 2),
             locations,
             np.full(rows * columns, 1 / scale, np.float32),
             (rows, columns),
             scale,
         )
 
-    def _resized(self, region: RgbImage, scale: float) -> Tensor | None:
-        """The pixels of one level, (h, w, 3), on the CPU; None if it is too small."""
+    def _resized(self, regions: Tensor, scale: float) -> Tensor | None:
+        """The pixels of one level, (N, h, w, 3), on the device that the regions are on; None if it is too small."""
+        sides = regions.shape[1:3]
         if self._pyramid == "tf-bilinear":
-            height, width = tf_size(region.shape[:2], scale)
+            height, width = tf_size(sides, scale)
             if min(height, width) < 1:
                 return None
-            pixels = torch.from_numpy(np.ascontiguousarray(region))
-            return resize_tf_bilinear(pixels.float(), height, width)
-        height, width = (round(side * scale) for side in region.shape[:2])
+            return torch.stack([resize_tf_bilinear(region.float(), height, width) for region in regions])
+        height, width = (round(side * scale) for side in sides)
         if min(height, width) < self._stride:
             return None
-        if (height, width) != region.shape[:2]:
-            method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-            region = cv2.resize(region, (width, height), interpolation=method).astype(np.uint8, copy=False)
-        return torch.from_numpy(np.ascontiguousarray(region))
+        return regions if (height, width) == sides else resize(regions, height, width)
 
 
 def _no_features(dim: int, width: int, height: int) -> Features:

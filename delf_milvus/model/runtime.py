@@ -19,8 +19,8 @@ from delf_milvus.model.spec import Selection
 from delf_milvus.settings import Device, ExtractSettings, Precision
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""RGB (N, H, W, 3) in [0, 255], uint8 or fp32, on the CPU to (features (N, C, h, w), scores (N, 1, h, w) fp32), safe to
-call from threads."""
+"""RGB (N, H, W, 3) in [0, 255], uint8 or fp32, on the network's device, to (features (N, C, h, w), scores (N, 1, h, w)
+fp32); safe to call from threads."""
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -46,9 +46,6 @@ def load_network(network: Delf, selection: Selection, settings: ExtractSettings,
     prepared = prepare(network, device, dtype)
 
     def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        if device.type == "cuda":
-            # From pinned memory the copy runs while the next level is resized.
-            pixels = pixels.pin_memory().to(device, non_blocking=True)
         # (N, H, W, 3) seen as (N, 3, H, W) is channels last already.
         features, scores = prepared(pixels.permute(0, 3, 1, 2), selection)
         return features, scores

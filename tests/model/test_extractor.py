@@ -64,6 +64,39 @@ def test_cells_below_the_least_attention_are_no_features(model: Path) -> None:
     assert (len(none), none.dim) == (0, 16)
 
 
+def test_photos_of_one_shape_have_together_the_features_that_each_has_alone(model: Path) -> None:
+    several = extractor(model, scales=(0.5, 1.0, 1.4142))
+    photos = [make_photo(seed, 160, 120) for seed in range(5)]
+    for photo, features in zip(photos, several.extract_many(photos, 60), strict=True):
+        alone = several.extract(photo, 60)
+        np.testing.assert_allclose(features.attention, alone.attention, rtol=1e-4)
+        np.testing.assert_array_equal(features.locations, alone.locations)
+        np.testing.assert_array_equal(features.scales, alone.scales)
+        np.testing.assert_allclose(features.descriptors, alone.descriptors, atol=1e-4)
+        np.testing.assert_allclose(features.global_descriptor, alone.global_descriptor, atol=1e-4)
+        assert (features.width, features.height) == (160, 120)
+
+
+def test_photos_together_lose_each_its_own_cells_below_the_least_attention(model: Path) -> None:
+    photos = [make_photo(seed, 160, 120) for seed in range(4)]
+    everything = extractor(model).extract_many(photos, 4096)
+    bar = float(np.median([features.attention[20] for features in everything]))
+    above = extractor(model, min_attention=bar).extract_many(photos, 4096)
+    counts = [len(features) for features in above]
+    assert counts == [int((features.attention >= bar).sum()) for features in everything]
+    assert len(set(counts)) > 1
+
+
+def test_photos_too_small_for_a_cell_have_together_no_features(model: Path) -> None:
+    several = extractor(model, scales=(1.0,))
+    none = several.extract_many([make_photo(0, 64, 10), make_photo(1, 64, 10)], 10)
+    assert [(len(features), features.width, features.height) for features in none] == [(0, 64, 10)] * 2
+
+
+def test_on_a_cpu_photos_are_extracted_one_by_one(model: Path) -> None:
+    assert extractor(model, device="cpu").together((480, 640)) == 1
+
+
 def test_features_equal_a_plain_pass_over_one_level(model: Path) -> None:
     photo = make_photo(3, 96, 64)
     features = extractor(model, scales=(1.0,)).extract(photo, 4096)
