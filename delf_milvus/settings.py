@@ -395,7 +395,9 @@ class Settings(BaseSettings):
     )
     token: SecretStr = Field(default=SecretStr(""), description="Token, or user:password, of a server.")
     collection: str = Field(default="delf", description="Name that both collections start with.")
-    model: str = Field(default="bundled", description='Weight file (.safetensors), or "bundled".')
+    model: str = Field(
+        default="bundled", description='Weight file (.safetensors), "bundled", or "small", which is quicker.'
+    )
     decode: DecodeSettings = DecodeSettings()
     extract: ExtractSettings = ExtractSettings()
     store: StoreSettings = StoreSettings()

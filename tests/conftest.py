@@ -15,10 +15,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import cv2
 import numpy as np
 import pytest
+from hypothesis import settings
 from milvus_server import COMPOSE, DockerServer, Server, WheelServer, compose_environment, servers
 from numpy.typing import NDArray
 from pymilvus import MilvusClient
 from pytest_docker.plugin import DockerComposeExecutor, Services
+
+# An example takes as long as a busy machine lets it.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 RgbImage = NDArray[np.uint8]
 WHEEL_SERVER = pytest.StashKey[WheelServer]()

@@ -106,17 +106,23 @@ class ModelSpec:
 METADATA_KEY = "delf_milvus"
 """Entry of a weight file's metadata that holds one JSON object: the specification and notes."""
 
-BUNDLED = Path(__file__).parent / "bundled" / "delf_resnet50v2.safetensors"
+_BUNDLED = Path(__file__).parent / "bundled"
+
+BUNDLED = _BUNDLED / "delf_resnet50v2.safetensors"
+
+NAMED = {"bundled": BUNDLED, "small": _BUNDLED / "delf_small.safetensors"}
+"""The models that come with the package; `small` was distilled from `bundled`, for CPUs."""
 
 
 def resolve(model: str | Path | None) -> Path:
-    """The weight file that a `--model` value names: a path, or the bundled model for None or "bundled".
+    """The weight file that a `--model` value names: a path, or a name of `NAMED`; the bundled model for None.
 
     Raises ModelError when there is no such file.
     """
-    path = BUNDLED if model is None or str(model) == "bundled" else Path(model)
+    path = BUNDLED if model is None else NAMED.get(str(model), Path(model))
     if not path.is_file():
-        raise ModelError(f"There is no model file at {path}; give --model a .safetensors file, or leave it out.")
+        names = " or ".join(NAMED)
+        raise ModelError(f"There is no model file at {path}; give --model a .safetensors file, {names}.")
     return path
 
 
