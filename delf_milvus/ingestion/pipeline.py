@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -168,6 +168,8 @@ def ingest_files(
     started = time.monotonic()
     report = IngestReport(failures=list(scanned.failures))
     known = store.records([photo.image_id for photo in scanned.photos])
+    # Their rows are gone, and with them what was said of them, if a writer was killed.
+    lost = store.interrupted([photo.image_id for photo in scanned.photos if photo.image_id not in known])
     stop_at_failure = settings.ingest.on_error == "stop"
     if stop_at_failure and report.failures:
         report.stopped = True
@@ -182,6 +184,8 @@ def ingest_files(
             progress(Progress(done, len(scanned.photos), extracted, report.failed, seconds))
 
     def looked_up(photo: Photo) -> Prepared[T]:
+        if photo.image_id in lost and not photo.metadata:
+            photo = replace(photo, metadata=lost[photo.image_id])
         return prepare(photo, known.get(photo.image_id))
 
     done = 0

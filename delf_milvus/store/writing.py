@@ -3,6 +3,7 @@
 Invariants, which hold after a crash at any point:
 
 - An image exists if and only if its row in the images collection does, and then all its features are there.
+- While an image's row is deleted, to be written anew or for good, a note says so until that is done: see `unfinished`.
 - The features of one image, row or no row, have the ordinals 0 to m - 1 without a gap: features are written in rising
   and deleted in falling order. So one look at ordinal n tells whether an earlier, larger version left anything beyond.
 """
@@ -21,12 +22,14 @@ from delf_milvus.store import generations, records
 from delf_milvus.store.bulk import BulkImport
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.columns import Columns, joined, length, slices, write_columns
-from delf_milvus.store.keys import feature_keys
+from delf_milvus.store.keys import feature_keys, image_key
 from delf_milvus.store.reading import STRONG, Ids, Keys, StoreReader
 from delf_milvus.store.records import ImageRecord, Row
 from delf_milvus.store.schema import GLOBAL, CollectionSpec, keypoint_fields
+from delf_milvus.store.unfinished import Notes, Unfinished
 
 _DELETED = 16384
+_NOTED = 1000
 _DESCRIBED = 100
 _COUNTED = 1000
 
@@ -37,13 +40,16 @@ class StoreWriter(StoreReader):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._bulk = BulkImport(self._db, self._features, self._settings)
+        self._notes = Notes(self._db, self._images)
+        self._took_over = False
 
     def write(self, items: Sequence[tuple[ImageRecord, Features]]) -> None:
         """Store images with their features, replacing images of the same id; of an id given twice the last one counts.
 
         Everything is checked before anything is written. Then, so that a crash leaves no image half-visible:
 
-        1. delete the rows of images that exist already: from here on they do not exist,
+        1. delete the rows of images that exist already: from here on they do not exist; a note has the metadata that
+           they had and are to have again,
         2. write the features, in rising ordinals,
         3. delete the features that an earlier version has beyond the new ones, in falling ordinals,
         4. write the images' rows: from here on the images exist.
@@ -81,11 +87,12 @@ class StoreWriter(StoreReader):
                 key: records.feature_columns(key, features, facts.features, record.metadata)
                 for key, (record, features) in complete.items()
             }
-            self._replace({key: record.image_id for key, (record, _) in complete.items()}, columns)
+            self._replace({key: record for key, (record, _) in complete.items()}, columns)
             # Packed while the server imports.
             rows = [records.image_row(record, features, facts) for record, features in complete.values()]
             self._bulk.finish()
             self._write_images(rows)
+            self._notes.remove(complete)
 
     @property
     def imports_files(self) -> bool:
@@ -99,10 +106,11 @@ class StoreWriter(StoreReader):
         and then `restore_rows`, so that one wait for imports of files serves any number of calls.
         """
         with self._db.write_lock, self._bulk.guarded():
-            self._replace({key: row["image_id"] for key, row in image_rows.items()}, columns)
+            facts = self._existing()
+            self._replace({key: records.record_of(row, facts.tenant_field) for key, row in image_rows.items()}, columns)
             if now:
                 self._bulk.finish()
-                self._write_images(list(image_rows.values()))
+                self.restore_rows(list(image_rows.values()))
 
     def settle(self) -> None:
         """Wait until all features of earlier calls of `restore` can be found."""
@@ -113,6 +121,7 @@ class StoreWriter(StoreReader):
         """Write the rows of images whose features are there."""
         with self._db.write_lock:
             self._write_images(image_rows)
+            self._notes.remove(int(row["image_key"]) for row in image_rows)
 
     def typed(self, record: ImageRecord) -> ImageRecord:
         """The record as this collection stores it: checked, declared fields typed, tenant filled in.
@@ -152,25 +161,75 @@ class StoreWriter(StoreReader):
                 self._write_images([records.described(row, batch[key]) for key, row in found.items()])
 
     def delete(self, image_ids: Iterable[str]) -> Ids:
-        """Delete images: their rows first, then their features. Returns the ids that existed, in the given order."""
+        """Delete images: their rows first, then their features. Returns the ids that existed, in the given order.
+
+        What a killed deletion has left is deleted as well, even if no id is given.
+        """
         with self._db.write_lock:
+            facts = self._attach()
+            if facts is None:
+                return []
             self._check_current()
+            self._take_over()
             found = {record.key: record for record in self.records(image_ids).values()}
-            keys = [feature_keys(key, record.feature_count) for key, record in found.items() if record.feature_count]
             self._indexing.outdated |= bool(found)
-            self._delete_rows(self._images, list(found))
-            self._delete_rows(self._features, np.concatenate(keys).tolist() if keys else [])
+            keys = list(found)
+            for start in range(0, len(keys), _NOTED):
+                counts = {key: found[key].feature_count for key in keys[start : start + _NOTED]}
+                self._notes.add({key: Unfinished(count) for key, count in counts.items()})
+                self._delete_rows(self._images, list(counts))
+                self._delete_features(counts)
+                self._notes.remove(counts)
         return [record.image_id for record in found.values()]
 
-    def _replace(self, ids: Mapping[int, str], columns: Mapping[int, Columns]) -> None:
+    def interrupted(self, image_ids: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+        """Metadata of those of the ids that a killed writer was writing anew, and that do not exist since.
+
+        Raises DatabaseError.
+        """
+        with self._db.write_lock:
+            facts = self._attach()
+            if facts is None:
+                return {}
+            self._take_over()
+            owner, noted = self._owner(), self._notes.noted
+            kept = {one: noted[key].metadata for one in image_ids if (key := image_key(one, owner)) in noted}
+        return {image_id: metadata for image_id, metadata in kept.items() if metadata is not None}
+
+    def _take_over(self) -> None:
+        """Once: read what killed writers have noted, and end the deletions among it."""
+        if self._took_over:
+            return
+        self._notes.read()
+        noted = dict(self._notes.noted)
+        # Either not begun, or done.
+        there = self._rows(list(noted), ("image_id",)) if noted else {}
+        deleted = {key: one.feature_count for key, one in noted.items() if key not in there and one.metadata is None}
+        self._indexing.outdated |= bool(deleted)
+        self._delete_features(deleted)
+        self._notes.remove([*there, *deleted])
+        self._took_over = True
+
+    def _replace(self, new: Mapping[int, ImageRecord], columns: Mapping[int, Columns]) -> None:
         """The first three steps of `write`, for these images by key; `_bulk.finish` comes before the fourth."""
+        facts = self._existing()
         self._bulk.recover()
-        stored = self._rows(list(ids), ("image_id", "feature_count"))
+        self._take_over()
+        stored = self._rows(list(new), records.record_fields(facts))
         for key, row in stored.items():
-            _check_collision(row["image_id"], ids[key])
+            _check_collision(row["image_id"], new[key].image_id)
         there = self._there({key: length(one) for key, one in columns.items() if key not in stored})
         leftovers = _leftovers(columns, stored, there)
         self._indexing.outdated = True
+        # Other metadata is the caller's, who has it still.
+        kept = {key: records.record_of(row, facts.tenant_field).metadata for key, row in stored.items()}
+        self._notes.add(
+            {
+                key: Unfinished(int(stored[key]["feature_count"]), metadata)
+                for key, metadata in kept.items()
+                if metadata and metadata == new[key].metadata
+            }
+        )
         self._delete_rows(self._images, list(stored))
         self._write_features(
             columns, {key for key in columns if key not in stored and key << ORDINAL_BITS not in there}
@@ -237,6 +296,11 @@ class StoreWriter(StoreReader):
         spec = self._existing().features
         changed = {one.name: records.repeated(spec, one.name, metadata[one.name], count) for one in spec.filtered}
         return self.feature_columns({key: count}) | changed
+
+    def _delete_features(self, counts: Mapping[int, int]) -> None:
+        """Delete the features of images, given as feature counts by key."""
+        keys = [feature_keys(key, count) for key, count in counts.items() if count]
+        self._delete_rows(self._features, np.concatenate(keys).tolist() if keys else [])
 
     def _delete_rows(self, name: str, keys: Sequence[int]) -> None:
         """Delete by primary key, the last ones first."""
