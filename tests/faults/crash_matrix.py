@@ -33,7 +33,7 @@ from milvus_server import WheelServer
 
 from delf_milvus.evaluation.journal import Journal
 
-OPERATIONS = ("ingest", "update", "prune", "delete", "import", "export", "photos", "reindex")
+OPERATIONS = ("ingest", "update", "relabel", "prune", "delete", "import", "export", "photos", "reindex")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from store.store_samples import random_features
 from delf_milvus import DelfIndex, Settings
 from delf_milvus.featurefiles import npz
 from delf_milvus.featurefiles.arrays import LocalFeatures
-from delf_milvus.settings import ExtractSettings
+from delf_milvus.settings import ExtractSettings, StoreSettings
 
 COLLECTION = "faults"
 EXTRACTOR = "random-v1"
@@ -69,15 +70,19 @@ def make(folder: Path, images: int, photos: int) -> Material:
     kept, changed = images // 4, images // 2
     collections = folder / "collections"
     collections.mkdir(parents=True)
-    # An earlier state: some images as they will be, some with other features, the rest not there yet.
+    for year in (1999, 2000):
+        (folder / f"{year}.csv").write_text(_listing(names, year))
+    # An earlier state: some images as they will be, some with other features, the rest not there yet. A command that
+    # does not say their metadata leaves it as it is.
     for number, name in enumerate(names[:changed]):
         _write(folder / "features" / name, number, version=int(number >= kept))
-    _ingest(collections / "older.db", folder / "features")
+    (folder / "older.csv").write_text(_listing(names[:changed], 1999))
+    _ingest(collections / "older.db", folder / "features", folder / "older.csv")
     for number, name in enumerate(names):
         _write(folder / "features" / name, number)
         _write(folder / "shrunk" / name, number)
-    _ingest(collections / "full.db", folder / "features")
-    _ingest(collections / "unpruned.db", folder / "shrunk")
+    _ingest(collections / "full.db", folder / "features", folder / "1999.csv")
+    _ingest(collections / "unpruned.db", folder / "shrunk", folder / "1999.csv")
     for name in names[1::2]:
         (folder / "shrunk" / f"{name}.npz").unlink()
     with _opened(collections / "full.db", any_model=True) as index:
@@ -92,6 +97,7 @@ def make(folder: Path, images: int, photos: int) -> Material:
     operations = {
         "ingest": Operation("", ("ingest", "--features", "features")),
         "update": Operation("older", ("ingest", "--features", "features")),
+        "relabel": Operation("full", ("ingest", "--features", "features", "--ids-from", "2000.csv")),
         "prune": Operation("unpruned", ("ingest", "--features", "shrunk", "--prune")),
         "delete": Operation("full", ("delete", *deleted), again=frozenset({0, 5})),
         "import": Operation("older", ("import", "exported")),
@@ -114,11 +120,18 @@ def _write(path: Path, number: int, version: int = 0) -> None:
     npz.write(path.with_name(f"{path.name}.npz"), LocalFeatures.of(features, EXTRACTOR))
 
 
-def _ingest(database: Path, folder: Path) -> None:
+def _listing(names: Sequence[str], year: int) -> str:
+    """Metadata of feature files: every second one is of that year, and all have a note."""
+    rows = [f"{name}.npz,{year if number % 2 else 1990},note {number}" for number, name in enumerate(names)]
+    return "\n".join(["path,year,note", *rows]) + "\n"
+
+
+def _ingest(database: Path, folder: Path, listing: Path) -> None:
     with _opened(database, any_model=True) as index:
-        report = index.ingest_features([folder])
+        report = index.ingest_features([folder], ids_from=listing)
         assert not report.failures, report.failures[:3]
 
 
 def _opened(database: Path, **options: Any) -> DelfIndex:
-    return DelfIndex.open(database, collection=COLLECTION, settings=Settings(extract=EXTRACT), **options)
+    ours = Settings(extract=EXTRACT, store=StoreSettings(fields={"year": "integer=0"}))
+    return DelfIndex.open(database, collection=COLLECTION, settings=ours, **options)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-CHANGES = [
+CHANGES = (
     "CreateCollection",
     "DropCollection",
     "AlterCollection",
@@ -35,7 +35,7 @@ CHANGES = [
     "CreateAlias",
     "AlterAlias",
     "DropAlias",
-]
+)
 _EXPORTED = re.compile(r"\.?(?P<kind>images|features|manifest)[-\d]*\.(parquet|json)(?P<partial>\.partial)?")
 
 
