@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fault_material import make
-from fault_trials import WINDOWS, Trial, Trials, Victim
+from fault_trials import PATIENCE, WINDOWS, Trial, Trials, Victim
 from milvus_server import WheelServer
 
 from delf_milvus.evaluation.journal import Journal
@@ -71,13 +71,16 @@ def run(options: argparse.Namespace) -> None:
         material = make(folder / "material", options.images, options.photos)
         server = None
         if options.database == "server":
+            (folder / "milvus").mkdir()
             server = WheelServer(folder / "milvus")
             stack.callback(server.kill)
         trials = Trials(material, folder / "places", server)
         for victim, number in left:
             operation = options.operations[number % len(options.operations)]
             rng = random.Random(f"{options.seed} {victim} {number}")
-            trial = trials.run(operation, victim, rng, aimed=number // len(options.operations) % 3 > 0)
+            moment = trials.drawn(operation, rng, aimed=number // len(options.operations) % 3 > 0)
+            # Half of the commands wait until their server is back, half give up.
+            trial = trials.run(operation, victim, moment, rng.choice([0.5, PATIENCE]))
             journal.add(_key(options, victim, number), asdict(trial))
             print(f"{victim} {number}: {operation}, {trial.phase}: {'; '.join(trial.problems) or 'holds'}", flush=True)
 

@@ -59,6 +59,9 @@ WINDOWS = {
 """Phases in which something is half done, by the last event that was noted."""
 
 TOOL = Path(__file__).with_name("watched_tool.py")
+PATIENCE = 60.0
+"""Seconds for which a command waits for a server that is away."""
+
 _SECONDS = 300
 _POLL = 0.002
 _PAGE = 1000
@@ -197,16 +200,18 @@ class Trials:
                 self._known[name] = Undisturbed(ended - started, events, before, after, _export(place))
         return self._known[name]
 
-    def run(self, name: str, victim: Victim, rng: random.Random, *, aimed: bool) -> Trial:
-        """Kill once, and look at everything."""
+    def drawn(self, name: str, rng: random.Random, *, aimed: bool) -> Moment:
+        """A moment of that operation."""
+        return self.undisturbed(name).moment(rng, aimed=aimed)
+
+    def run(self, name: str, victim: Victim, moment: Moment, patience: float = PATIENCE) -> Trial:
+        """Kill once, and look at everything. patience: seconds for which the command waits for its server."""
         operation, alone = self._material.operations[name], self.undisturbed(name)
-        moment = alone.moment(rng, aimed=aimed)
         with _removed(self._place(operation)) as place:
             problems: list[str] = []
             if victim == "tool":
                 code, phase = self._kill_tool(place, operation, moment)
             else:
-                patience = rng.choice([0.5, 60.0])
                 code, phase = self._kill_server(place, operation, moment, patience)
                 if code not in {0, 3, *operation.again} or (code == 3) != _said(place).startswith("Error: "):
                     problems.append(f"ended with {code}: {_said(place)}")
@@ -228,7 +233,7 @@ class Trials:
             again = subprocess.run(
                 [sys.executable, "-m", "delf_milvus", *_arguments(place, operation)],
                 cwd=self._material.folder,
-                env=_environment(60.0),
+                env=_environment(PATIENCE),
                 capture_output=True,
                 text=True,
                 timeout=_SECONDS,
@@ -240,7 +245,9 @@ class Trials:
                 problems.append(f"run again, {difference}")
             if _export(place) != alone.exported:
                 problems.append("run again, the export differs")
-        return Trial(name, self.database, victim, aimed, phase, code, left.findings, again.returncode, problems)
+        return Trial(
+            name, self.database, victim, bool(moment.event), phase, code, left.findings, again.returncode, problems
+        )
 
     def _place(self, operation: Operation) -> Place:
         """A place with the collection that the operation begins with."""
@@ -269,7 +276,7 @@ class Trials:
         return exported
 
     def _start(
-        self, place: Place, operation: Operation, moment: Moment, patience: float = 60.0
+        self, place: Place, operation: Operation, moment: Moment, patience: float = PATIENCE
     ) -> subprocess.Popen[bytes]:
         asked = json.dumps(asdict(moment)) if moment.event else ""
         with (place.folder / "said").open("wb") as said:
