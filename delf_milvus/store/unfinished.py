@@ -44,6 +44,7 @@ class Notes:
         self._own = f"{_PROPERTY}{random.SystemRandom().randrange(_WRITERS)}"
         self._texts: dict[str, str] = {}
         self._noted: dict[int, Unfinished] = {}
+        self._is_read = False
 
     @property
     def noted(self) -> Mapping[int, Unfinished]:
@@ -51,12 +52,15 @@ class Notes:
         return self._noted
 
     def read(self) -> None:
-        """Take over what other writers have left. Raises DatabaseError."""
+        """Once: take over what other writers have left. Raises DatabaseError."""
+        if self._is_read:
+            return
         described = self._db.call("reading notes", self._db.client.describe_collection, self._images)
         properties = described.get("properties") or {}
         self._texts = {name: text for name, text in properties.items() if name.startswith(_PROPERTY) and text}
         for name, text in self._texts.items():
             self._noted |= _parsed(text, f"{name} of {self._images}")
+        self._is_read = True
 
     def add(self, images: Mapping[int, Unfinished]) -> None:
         """Note what is about to begin; returns when it is stored. Raises DatabaseError for a database that is away."""
@@ -66,7 +70,8 @@ class Notes:
 
     def remove(self, keys: Iterable[int]) -> None:
         """These are finished."""
-        left = {key: one for key, one in self._noted.items() if key not in set(keys)}
+        finished = set(keys)
+        left = {key: one for key, one in self._noted.items() if key not in finished}
         if left != self._noted or self._texts.keys() - {self._own}:
             self._noted = left
             self._store()

@@ -11,6 +11,7 @@ Invariants, which hold after a crash at any point:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,8 @@ class StoreWriter(StoreReader):
                 key: records.feature_columns(key, features, facts.features, record.metadata)
                 for key, (record, features) in complete.items()
             }
-            self._replace({key: record for key, (record, _) in complete.items()}, columns)
+            metadata = {key: record.metadata for key, (record, _) in complete.items() if record.metadata}
+            self._replace({key: record.image_id for key, (record, _) in complete.items()}, columns, metadata)
             # Packed while the server imports.
             rows = [records.image_row(record, features, facts) for record, features in complete.values()]
             self._bulk.finish()
@@ -106,11 +108,10 @@ class StoreWriter(StoreReader):
         and then `restore_rows`, so that one wait for imports of files serves any number of calls.
         """
         with self._db.write_lock, self._bulk.guarded():
-            facts = self._existing()
-            self._replace({key: records.record_of(row, facts.tenant_field) for key, row in image_rows.items()}, columns)
+            self._replace({key: row["image_id"] for key, row in image_rows.items()}, columns)
             if now:
                 self._bulk.finish()
-                self.restore_rows(list(image_rows.values()))
+                self._write_images(list(image_rows.values()))
 
     def settle(self) -> None:
         """Wait until all features of earlier calls of `restore` can be found."""
@@ -121,7 +122,6 @@ class StoreWriter(StoreReader):
         """Write the rows of images whose features are there."""
         with self._db.write_lock:
             self._write_images(image_rows)
-            self._notes.remove(int(row["image_key"]) for row in image_rows)
 
     def typed(self, record: ImageRecord) -> ImageRecord:
         """The record as this collection stores it: checked, declared fields typed, tenant filled in.
@@ -163,16 +163,21 @@ class StoreWriter(StoreReader):
     def delete(self, image_ids: Iterable[str]) -> Ids:
         """Delete images: their rows first, then their features. Returns the ids that existed, in the given order.
 
-        What a killed deletion has left is deleted as well, even if no id is given.
+        What a killed writer has left of them is deleted too, and all that a killed deletion has left.
         """
         with self._db.write_lock:
-            facts = self._attach()
-            if facts is None:
+            if self._attach() is None:
                 return []
             self._check_current()
             self._take_over()
-            found = {record.key: record for record in self.records(image_ids).values()}
-            self._indexing.outdated |= bool(found)
+            asked = list(image_ids)
+            found = {record.key: record for record in self.records(asked).values()}
+            # Killed while they were written anew: nobody knows with how many features.
+            owner, noted = self._owner(), self._notes.noted
+            torn = {key: MAX_FEATURES for one in asked if (key := image_key(one, owner)) in noted and key not in found}
+            self._delete_features(torn)
+            self._notes.remove(torn)
+            self._indexing.outdated |= bool(found) or bool(torn)
             keys = list(found)
             for start in range(0, len(keys), _NOTED):
                 counts = {key: found[key].feature_count for key in keys[start : start + _NOTED]}
@@ -188,21 +193,20 @@ class StoreWriter(StoreReader):
         Raises DatabaseError.
         """
         with self._db.write_lock:
-            facts = self._attach()
-            if facts is None:
+            if self._attach() is None:
                 return {}
-            self._take_over()
+            self._notes.read()
             owner, noted = self._owner(), self._notes.noted
             kept = {one: noted[key].metadata for one in image_ids if (key := image_key(one, owner)) in noted}
         return {image_id: metadata for image_id, metadata in kept.items() if metadata is not None}
 
     def _take_over(self) -> None:
-        """Once: read what killed writers have noted, and end the deletions among it."""
+        """Once: end the deletions that killed writers have noted."""
         if self._took_over:
             return
         self._notes.read()
         noted = dict(self._notes.noted)
-        # Either not begun, or done.
+        # Those that are there were not begun, or are done.
         there = self._rows(list(noted), ("image_id",)) if noted else {}
         deleted = {key: one.feature_count for key, one in noted.items() if key not in there and one.metadata is None}
         self._indexing.outdated |= bool(deleted)
@@ -210,24 +214,32 @@ class StoreWriter(StoreReader):
         self._notes.remove([*there, *deleted])
         self._took_over = True
 
-    def _replace(self, new: Mapping[int, ImageRecord], columns: Mapping[int, Columns]) -> None:
-        """The first three steps of `write`, for these images by key; `_bulk.finish` comes before the fourth."""
+    def _replace(
+        self,
+        ids: Mapping[int, str],
+        columns: Mapping[int, Columns],
+        metadata: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
+        """The first three steps of `write`, for these images by key; `_bulk.finish` comes before the fourth.
+
+        metadata: that they will have. What an image has already may be known to nobody else; other metadata is the
+        caller's, who has it still.
+        """
         facts = self._existing()
         self._bulk.recover()
         self._take_over()
-        stored = self._rows(list(new), records.record_fields(facts))
+        stored = self._rows(list(ids), records.record_fields(facts))
         for key, row in stored.items():
-            _check_collision(row["image_id"], new[key].image_id)
+            _check_collision(row["image_id"], ids[key])
         there = self._there({key: length(one) for key, one in columns.items() if key not in stored})
         leftovers = _leftovers(columns, stored, there)
         self._indexing.outdated = True
-        # Other metadata is the caller's, who has it still.
-        kept = {key: records.record_of(row, facts.tenant_field).metadata for key, row in stored.items()}
+        had = {key: records.record_of(stored[key], facts.tenant_field) for key in metadata if key in stored}
         self._notes.add(
             {
-                key: Unfinished(int(stored[key]["feature_count"]), metadata)
-                for key, metadata in kept.items()
-                if metadata and metadata == new[key].metadata
+                key: Unfinished(one.feature_count, one.metadata)
+                for key, one in had.items()
+                if one.metadata == metadata[key]
             }
         )
         self._delete_rows(self._images, list(stored))
