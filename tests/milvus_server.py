@@ -147,6 +147,11 @@ class WheelServer:
         """Of the server's process."""
         return self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process runs."""
+        return self._process.poll() is None
+
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
         with contextlib.suppress(ProcessLookupError):
