@@ -8,8 +8,8 @@ A third of the moments are drawn from the whole duration of the command, measure
 others are aimed at the calls that change the database and the files of an export, half of them at the very moment that
 a call begins or has been answered. What must hold afterwards is written in `fault_trials.py`.
 
-Every trial is a line of the journal; a run that ended early goes on where it was, and does what was not counted. The exit code is 1 where anything
-did not hold.
+Every trial is a line of the journal; a run that ended early goes on where it was, and does what was not counted. The
+exit code is 1 where anything did not hold.
 """
 
 from __future__ import annotations
