@@ -84,7 +84,9 @@ def root(
     db: Annotated[str | None, typer.Option(help="Database on the server. Default: the server's own")] = None,
     collection: Annotated[str | None, typer.Option(help="Name of the collection. Default: delf")] = None,
     tenant: Annotated[str | None, typer.Option(help="Whose images, in a collection with tenants.")] = None,
-    model: Annotated[str | None, typer.Option(help="Weight file (.safetensors), or small, which is quicker. Default: bundled")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Weight file (.safetensors), or small, which is quicker. Default: bundled")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no remarks on stderr.")] = False,
