@@ -130,6 +130,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         "delf_milvus/model/bundled/delf_resnet50v2.safetensors",
         "delf_milvus/model/bundled/delf_resnet50v2.calibration.json",
         "delf_milvus/model/bundled/MODEL_CARD.md",
+        "delf_milvus/model/bundled/delf_small.safetensors",
+        "delf_milvus/model/bundled/delf_small.calibration.json",
+        "delf_milvus/model/bundled/SMALL_MODEL_CARD.md",
     } <= own
     licences = {name.split("/licenses/", 1)[1] for name in names if "/licenses/" in name}
     assert licences == set(PROJECT["license-files"])
