@@ -13,15 +13,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
-import math
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delf_milvus.errors import DatabaseError
-from delf_milvus.store.connection import NotLoadedError, asking_milvus
+from delf_milvus.store.connection import DeadlineError, NotLoadedError, asking_milvus
 from delf_milvus.store.feature_store import FeatureStore
-from delf_milvus.store.keys import IMAGE_KEY_BITS
 
 if TYPE_CHECKING:
     from pymilvus import AsyncMilvusClient
@@ -51,27 +49,6 @@ class Blocking:
 
         return call
 
-    def query_iterator(
-        self, collection_name: str, *, batch_size: int, filter: str, output_fields: list[str], **options: Any
-    ) -> _Pages:
-        """Pages of about `batch_size` rows of the images, in no order: what the asynchronous client lacks.
-
-        A page is a range of image keys, which are spread evenly, so that it needs no limit: rows beyond a limit come in
-        an order of the server's own, unless it is told that this is an iteration, and then it keeps no level of
-        consistency.
-        """
-        counted = self.query(collection_name, filter=filter, output_fields=["count(*)"], **options)
-        parts = max(1, math.ceil(int(counted[0]["count(*)"]) / batch_size))
-        bounds = [(part << IMAGE_KEY_BITS) // parts for part in range(parts + 1)]
-        condition = f"({filter}) and " if filter else ""
-
-        def page(part: int) -> list[dict[str, Any]]:
-            limits = f"image_key >= {bounds[part]} and image_key < {bounds[part + 1]}"
-            rows = self.query(collection_name, filter=condition + limits, output_fields=output_fields, **options)
-            return list(rows)
-
-        return _Pages(page, parts)
-
     def _wait(self, coroutine: Any, timeout: float | None) -> Any:
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -82,24 +59,9 @@ class Blocking:
             return future.result(None if timeout is None else timeout + _GRACE_SECONDS)
         except concurrent.futures.TimeoutError:
             future.cancel()
-            raise DatabaseError(f"The database did not answer within {timeout:g} s.") from None
+            raise DeadlineError(f"The database did not answer within {timeout:g} s.") from None
         except concurrent.futures.CancelledError:
             raise DatabaseError("The event loop of this index ended while it waited for the database.") from None
-
-
-class _Pages:
-    """What `MilvusClient.query_iterator` returns, as far as the store uses it."""
-
-    def __init__(self, page: Callable[[int], list[dict[str, Any]]], count: int) -> None:
-        self._page = page
-        self._rest = iter(range(count))
-
-    def next(self) -> list[dict[str, Any]]:
-        """The next page that is not empty; empty at the end."""
-        return next((rows for part in self._rest if (rows := self._page(part))), [])
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class ClientLoop:
@@ -151,11 +113,14 @@ class AsyncReads:
         return [await self._reading("reading images", self._client.get, call) for call in calls]
 
     async def _reading(self, doing: str, read: Callable[..., Coroutine[Any, Any, Any]], call: dict[str, Any]) -> Any:
+        from tenacity import AsyncRetrying
+
+        patiently = AsyncRetrying(**self._store.connection.patience())
         try:
-            return await self._asking(doing, read, call)
+            return await patiently(self._asking, doing, read, call)
         except NotLoadedError:
             await self._in_thread(self._store.reload)
-            return await self._asking(doing, read, call)
+            return await patiently(self._asking, doing, read, call)
 
     async def _asking(self, doing: str, read: Callable[..., Coroutine[Any, Any, Any]], call: dict[str, Any]) -> Any:
         where = self._store.connection.where
@@ -164,6 +129,6 @@ class AsyncReads:
                 asked = run_in(self._loop, read(**call, timeout=self._timeout))
                 return await asyncio.wait_for(asked, self._timeout + _GRACE_SECONDS)
             except asyncio.TimeoutError:
-                raise DatabaseError(
+                raise DeadlineError(
                     f"The database at {where} did not answer within {self._timeout:g} s while {doing}."
                 ) from None

@@ -41,7 +41,7 @@ class AttachedCollections:
         self._db = database
         self._client = database.client
         self._collection = collection
-        self._generation = generation or generations.current(database, collection, settings.timeout)
+        self._generation = generation or generations.current(database, collection)
         # A generation that is being made is written before it is the current one.
         self._is_made = generation is not None
         self._features = self._generation + schema.FEATURES_SUFFIX
@@ -136,12 +136,12 @@ class AttachedCollections:
         """The facts of the collections, checked; None while they do not exist."""
         if self._attached:
             return self._facts
-        with self._state_lock, self._db.asking("looking for the collections"):
+        with self._state_lock:
             names = (self._features, self._images)
-            timeout = self._settings.timeout
-            present = [name for name in names if self._client.has_collection(name, timeout=timeout)]
+            looking = partial(self._db.call, "looking for the collections")
+            present = [name for name in names if looking(self._client.has_collection, name)]
             for name in present:
-                described = self._client.describe_collection(name, timeout=timeout)
+                described = looking(self._client.describe_collection, name)
                 self._facts = self._checked(name, described.get("properties") or {})
             if len(present) < len(names):
                 return None

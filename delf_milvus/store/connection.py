@@ -9,6 +9,9 @@
 - pymilvus itself repeats calls that meet a rate limit; a server that went away it reports within milliseconds. `call`
   repeats those, for as long as the settings say: reads, and writes and deletes by key, may be repeated, because doing
   them twice is doing them once.
+- Every call ends: one attempt after `timeout` (twice that, where pymilvus repeats it and then hears nothing), all of
+  them after `retry_seconds` and two such attempts at most. Loading, flushing and building may take hours while the
+  server answers; where it is silent, gRPC notices within some 70 seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from delf_milvus.errors import CollectionError, DatabaseError, UsageError
+from delf_milvus.errors import CollectionError, DatabaseError, DelfMilvusError, UsageError
 from delf_milvus.settings import StoreSettings, TlsSettings
 from delf_milvus.store.profiles import Backend
 
@@ -40,6 +43,10 @@ _NOT_LOADED = 101
 _PASSING = frozenset((4, 8, 12, 103, 106, 110, 202, 401, 502, 503, 901, 902, 903))
 # All that a server says of some calls while it starts.
 _STARTING = "unrecoverable error"
+# Out of memory or disk, by its own count, or writing is denied: it lasts until somebody makes room.
+_FULL = frozenset((3, 7, 9))
+# What pymilvus says when its own patience ends, with a code that means anything.
+_LATE = re.compile(r"Retry timeout: [\d.]+s$|\(DEADLINE_EXCEEDED\)")
 _ATTEMPTS_PAST_DEADLINE = 2
 _OLDEST_SERVER = (2, 3)
 _DATABASE_NOT_FOUND = 800
@@ -53,6 +60,13 @@ _LOOPBACK = {
     "grpc.enable_http_proxy": 0,
     "grpc.keepalive_time_ms": 600_000,
     "grpc.keepalive_permit_without_calls": 0,
+}
+
+# After a long outage gRPC would wait up to two minutes before it tries again, and a new connection would wait with it.
+_SERVER = {
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.max_reconnect_backoff_ms": 2_000,
+    "grpc.use_local_subchannel_pool": 1,
 }
 
 _asking: ContextVar[bool] = ContextVar("_asking", default=False)
@@ -167,26 +181,32 @@ class Connection:
         An answer that is late is waited for once more, a database that is away or busy for `retry_seconds`; then the
         last error is raised.
         """
-        from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
+        from tenacity import Retrying
+
+        return Retrying(**self.patience())(function)
+
+    def patience(self) -> dict[str, Any]:
+        """When to call again, and when to give up, for tenacity's `Retrying` and `AsyncRetrying`."""
+        from tenacity import RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
         def give_up(state: RetryCallState) -> bool:
             late = state.outcome is not None and isinstance(state.outcome.exception(), DeadlineError)
+            spent = (state.seconds_since_start or 0) + state.upcoming_sleep
             if late:
-                return state.attempt_number >= _ATTEMPTS_PAST_DEADLINE
-            return (state.seconds_since_start or 0) + state.upcoming_sleep >= self.retry_seconds
+                return state.attempt_number >= _ATTEMPTS_PAST_DEADLINE or spent >= self.retry_seconds + self.timeout
+            return spent >= self.retry_seconds
 
         def tell(state: RetryCallState) -> None:
             if state.attempt_number == 1 and state.outcome is not None:
                 log.warning("%s Trying again.", state.outcome.exception())
 
-        retrying = Retrying(
-            retry=retry_if_exception_type((AwayError, DeadlineError)),
-            wait=wait_exponential(multiplier=0.1, max=2.0) + wait_random(0, 0.1),
-            stop=give_up,
-            before_sleep=tell,
-            reraise=True,
-        )
-        return retrying(function)
+        return {
+            "retry": retry_if_exception_type((AwayError, DeadlineError)),
+            "wait": wait_exponential(multiplier=0.1, max=2.0) + wait_random(0, 0.1),
+            "stop": give_up,
+            "before_sleep": tell,
+            "reraise": True,
+        }
 
     def building(self) -> AbstractContextManager[None]:
         """Around what may build an index: keeps faiss, which Milvus Lite runs in this process, from printing."""
@@ -245,6 +265,7 @@ def server_options(uri: str, token: str, settings: StoreSettings) -> dict[str, A
         "timeout": min(settings.timeout, _CONNECT_SECONDS),
         # Not shared with other users of pymilvus in this process, who could close it.
         "dedicated": True,
+        "grpc_options": _SERVER,
         **_tls_options(uri, settings.tls),
     }
 
@@ -349,35 +370,52 @@ def asking_milvus(where: str, doing: str, timeout: float) -> Iterator[None]:
     except ConnectionConfigException as error:
         raise DatabaseError(f"{where} cannot be opened: {_sentence(error.message)}.") from None
     except MilvusException as error:
-        cause = error.__cause__
-        if error.code == _CONNECT_FAILED and isinstance(cause, grpc.RpcError):
-            raise _refused(cause, where, doing, timeout) from None
-        if error.code == _NOT_LOADED:
-            raise NotLoadedError(f"A collection at {where} was released while {doing}; try again.") from None
-        if error.code == _COLLECTION_NOT_FOUND:
-            raise CollectionError(
-                f"A collection at {where} is gone while {doing}: somebody else dropped it; ingest again."
-            ) from None
-        if error.code == _NOT_AUTHENTICATED:
-            raise _wrong_secret(where) from None
-        if error.code == _NOT_PERMITTED:
-            raise _not_permitted(where, doing, error.message) from None
-        if error.code == _DATABASE_NOT_FOUND or re.fullmatch(r"database '[^']*' does not exist", error.message):
-            raise DatabaseError(
-                f"{where} cannot be used while {doing}: the server has no such database; create it, or choose another "
-                "with --db."
-            ) from None
-        if error.code == _CONNECT_FAILED or isinstance(error.code, grpc.StatusCode):
-            raise AwayError(f"Cannot reach the database at {where} while {doing}: is it running?") from None
-        if error.code in _PASSING or _STARTING in error.message:
-            raise AwayError(
-                f"The database at {where} is not ready while {doing}: {_sentence(error.message)}."
-            ) from None
-        raise DatabaseError(f"The database at {where} failed while {doing}: {_sentence(error.message)}.") from None
+        raise _failed(error, where, doing, timeout) from None
     except grpc.RpcError as error:
         raise _refused(error, where, doing, timeout) from None
     finally:
         _asking.reset(mark)
+
+
+def _failed(error: Any, where: str, doing: str, timeout: float) -> DelfMilvusError:
+    """What an exception of pymilvus means."""
+    import grpc
+
+    cause, reason = error.__cause__, _sentence(error.message)
+    if error.code == _CONNECT_FAILED and isinstance(cause, grpc.RpcError):
+        return _refused(cause, where, doing, timeout)
+    if error.code == _CONNECT_FAILED or isinstance(error.code, grpc.StatusCode):
+        return AwayError(f"Cannot reach the database at {where} while {doing}: is it running?")
+    if _LATE.search(error.message):
+        return _late(where, doing, timeout)
+    if error.code in _PASSING or _STARTING in error.message:
+        return AwayError(f"The database at {where} is not ready while {doing}: {reason}.")
+    if error.code in _FULL:
+        return DatabaseError(
+            f"The database at {where} takes no more while {doing}: {reason}; make room there or raise its limits, then "
+            "do the same again."
+        )
+    return _denied(error, where, doing) or DatabaseError(f"The database at {where} failed while {doing}: {reason}.")
+
+
+def _denied(error: Any, where: str, doing: str) -> DelfMilvusError | None:
+    """What an exception of pymilvus means that is about one collection, one database or one user; else None."""
+    if error.code == _NOT_LOADED:
+        return NotLoadedError(f"A collection at {where} was released while {doing}; try again.")
+    if error.code == _COLLECTION_NOT_FOUND:
+        return CollectionError(
+            f"A collection at {where} is gone while {doing}: somebody else dropped it; ingest again."
+        )
+    if error.code == _NOT_AUTHENTICATED:
+        return _wrong_secret(where)
+    if error.code == _NOT_PERMITTED:
+        return _not_permitted(where, doing, error.message)
+    if error.code == _DATABASE_NOT_FOUND or re.fullmatch(r"database '[^']*' does not exist", error.message):
+        return DatabaseError(
+            f"{where} cannot be used while {doing}: the server has no such database; create it, or choose another "
+            "with --db."
+        )
+    return None
 
 
 def _refused(error: Any, where: str, doing: str, timeout: float) -> DatabaseError:
@@ -386,7 +424,7 @@ def _refused(error: Any, where: str, doing: str, timeout: float) -> DatabaseErro
 
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineError(f"The database at {where} did not answer within {timeout:g} s while {doing}.")
+        return _late(where, doing, timeout)
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return _wrong_secret(where)
     if code is grpc.StatusCode.PERMISSION_DENIED:
@@ -401,6 +439,10 @@ def _refused(error: Any, where: str, doing: str, timeout: float) -> DatabaseErro
         hint = "" if refused or not where.startswith("http://") else ", and not waiting for https://"
         return AwayError(f"Cannot reach the database at {where} while {doing}: is it running{hint}?")
     return DatabaseError(f"The database at {where} failed while {doing}: {_sentence(details or code.name)}.")
+
+
+def _late(where: str, doing: str, timeout: float) -> DeadlineError:
+    return DeadlineError(f"The database at {where} did not answer within {timeout:g} s while {doing}.")
 
 
 def _wrong_secret(where: str) -> DatabaseError:

@@ -230,7 +230,7 @@ def _collections(database: Connection, collection: str, fingerprint: Fingerprint
     """Both collections: schema, model, index, memory."""
     found: dict[str, dict[str, Any]] = {}
     try:
-        generation = generations.current(database, collection, database.timeout)
+        generation = generations.current(database, collection)
         names = [generation + schema.FEATURES_SUFFIX, generation + schema.IMAGES_SUFFIX]
         for name in names:
             if database.call("looking for the collections", database.client.has_collection, name):

@@ -41,9 +41,9 @@ def properties(collection: str, generation: str) -> dict[str, str]:
     return {} if generation == collection else {_PROPERTY: collection}
 
 
-def current(database: Connection, collection: str, timeout: float) -> str:
+def current(database: Connection, collection: str) -> str:
     """The name of the current generation, which is the collection's own unless the alias says otherwise."""
-    target = _target_of(database, alias_of(collection), timeout)
+    target = _target_of(database, alias_of(collection))
     if target and re.fullmatch(rf"{collection}(_g\d+)?{schema.IMAGES_SUFFIX}", target):
         return target.removesuffix(schema.IMAGES_SUFFIX)
     return collection
@@ -113,12 +113,11 @@ def _found(database: Connection, collection: str, names: list[str], timeout: flo
     return sorted(found, key=lambda generation: (len(generation.name), generation.name))
 
 
-def _target_of(database: Connection, alias: str, timeout: float) -> str:
+def _target_of(database: Connection, alias: str) -> str:
     """The collection that an alias stands for, or "" where it stands for none."""
-    with database.asking("reading an alias"):
-        if not database.client.has_collection(alias, timeout=timeout):
-            return ""
-        target = str(database.client.describe_collection(alias, timeout=timeout)["collection_name"])
+    if not database.call("reading an alias", database.client.has_collection, alias):
+        return ""
+    target = str(database.call("reading an alias", database.client.describe_collection, alias)["collection_name"])
     return "" if target == alias else target
 
 
@@ -126,7 +125,7 @@ def _point(database: Connection, alias: str, target: str, timeout: float) -> Non
     from pymilvus.exceptions import MilvusException
 
     # Not by `describe_alias`: Milvus 2.3 looks for that in the default database alone.
-    found = _target_of(database, alias, timeout)
+    found = _target_of(database, alias)
     if found == target:
         return
     client = database.client
@@ -157,8 +156,8 @@ def _check_aliases(database: Connection, collection: str, timeout: float) -> Non
     alias = alias_of(collection)
     with database.asking("looking for generations"):
         names = database.client.list_collections(timeout=timeout)
-    target = _target_of(database, alias, timeout)
-    if alias in names or (target and current(database, collection, timeout) + schema.IMAGES_SUFFIX != target):
+    target = _target_of(database, alias)
+    if alias in names or (target and current(database, collection) + schema.IMAGES_SUFFIX != target):
         raise CollectionError(
             f"{alias!r} at {database.where} belongs to somebody else, but is the alias that a rebuilt collection "
             f"{collection!r} needs; ingest into a new collection with --collection."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from delf_milvus.errors import DatabaseError
 from delf_milvus.features import Float32Array
 from delf_milvus.store.keys import Int64Array
 
@@ -54,10 +55,15 @@ def answer_arrays(found: Iterable[Any], k: int) -> Hits:
 
 
 def joined_hits(parts: Sequence[Hits], count: int, k: int) -> Hits:
-    """The hits of `count` vectors from those of the calls that they were split over; padding where there was none."""
+    """The hits of `count` vectors from those of the calls that they were split over; padding where there was none.
+
+    Raises DatabaseError for an answer that is not whole.
+    """
     if not parts:
         return np.full((count, k), PADDING_KEY, np.int64), np.full((count, k), PADDING_SIMILARITY, np.float32)
     keys, similarities = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if len(keys) != count:
+        raise DatabaseError(f"The database answered {len(keys)} of {count} questions of a search; search again.")
     return keys, similarities
 
 
@@ -70,6 +76,8 @@ def hit_arrays(results: Any, k: int) -> Hits:
 def _padded(keys: Int64Array, similarities: Float32Array, counts: list[int], k: int) -> Hits:
     if len(keys) == k * len(counts):
         return keys.reshape(-1, k), similarities.reshape(-1, k)
+    if len(keys) != sum(counts) or len(keys) != len(similarities) or max(counts, default=0) > k:
+        raise DatabaseError("The database answered a search with fewer or more hits than it says; search again.")
     there = np.arange(k) < np.array(counts, np.intp)[:, None]
     all_keys = np.full(there.shape, PADDING_KEY, np.int64)
     all_similarities = np.full(there.shape, PADDING_SIMILARITY, np.float32)

@@ -162,8 +162,7 @@ class Indexing:
 
     def described(self, name: str) -> BuiltIndex:
         """The index of a collection, or NO_INDEX."""
-        with self._db.asking("reading the index"):
-            found = self._client.describe_index(name, self._vectors[name], timeout=self._settings.timeout)
+        found = self._db.call("reading the index", self._client.describe_index, name, self._vectors[name])
         if not found:
             return NO_INDEX
         flat = {**found, **found.get("params", {})}

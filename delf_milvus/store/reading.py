@@ -349,27 +349,25 @@ class StoreReader(AttachedCollections):
         return _by_primary(primary, (self._reading("reading images", self._client.get, **call) for call in calls))
 
     def _scan(self, condition: str, fields: Sequence[str] = ("image_id",)) -> Iterator[Row]:
-        """Keys and these fields of the images that meet a condition."""
+        """Keys and these fields of the images that meet a condition, in no order.
+
+        Each page, of about `_PAGE` rows, is a range of image keys, which are spread evenly, so that it needs no limit:
+        rows beyond a limit come in an order of the server's own. pymilvus's iterators would tell it to keep the order,
+        but ask first, without any time limit, what collection it is.
+        """
         if self._attach() is None:
             return
-        pages = self._reading(
-            "listing images",
-            self._client.query_iterator,
-            self._images,
-            batch_size=_PAGE,
-            filter=condition,
-            output_fields=["image_key", *fields],
-            consistency_level=STRONG,
-        )
-        try:
-            while True:
-                with self._db.asking("listing images"):
-                    page = pages.next()
-                if not page:
-                    return
-                yield from page
-        finally:
-            pages.close()
+        parts = max(1, math.ceil(self._count(self._images, condition) / _PAGE))
+        bounds = [(part << IMAGE_KEY_BITS) // parts for part in range(parts + 1)]
+        for low, high in itertools.pairwise(bounds):
+            yield from self._reading(
+                "listing images",
+                self._client.query,
+                self._images,
+                filter=both(condition, f"image_key >= {low} and image_key < {high}"),
+                output_fields=["image_key", *fields],
+                consistency_level=STRONG,
+            )
 
     def _count(self, name: str, condition: str = "") -> int:
         if self._attach() is None:

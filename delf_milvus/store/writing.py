@@ -251,9 +251,7 @@ class StoreWriter(StoreReader):
     def _check_current(self) -> None:
         """Raise CollectionError where the collection was rebuilt since this store was opened: nobody would see what is
         written to the old generation."""
-        if not self._is_made and generations.current(self._db, self._collection, self._settings.timeout) != (
-            self._generation
-        ):
+        if not self._is_made and generations.current(self._db, self._collection) != self._generation:
             raise CollectionError(
                 f"The collection {self._collection!r} at {self._db.where} was rebuilt for another model meanwhile: "
                 "open it again to write."
