@@ -202,7 +202,11 @@ class StoreSettings(_Stage):
     refine: float = Field(
         default=2.0, ge=1, le=100, description="Times the neighbours that SCANN compares once more with exact vectors."
     )
-    timeout: float = Field(default=60.0, gt=0, description="Seconds before a call to the database fails.")
+    timeout: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds before a request to the database fails; one that may be sent twice then is, once.",
+    )
     fields: dict[str, str] = Field(
         default_factory=dict,
         description='Fields that searches can be filtered by, for a new collection: {"year": "integer=0"}; the types '
@@ -377,6 +381,14 @@ class ServiceSettings(_Stage):
     body_seconds: float = Field(default=60.0, gt=0, description="Seconds in which its body must arrive.")
     request_seconds: float = Field(
         default=60.0, gt=0, description="Seconds before an answer counts as too late, with its wait."
+    )
+    breaker_failures: int = Field(
+        default=3,
+        ge=0,
+        description="Questions in a row that find the database away or late before it is left alone; 0: it never is.",
+    )
+    breaker_seconds: float = Field(
+        default=10.0, gt=0, description="Seconds that requests are then refused at once, before one is tried."
     )
     drain_seconds: float = Field(
         default=30.0, gt=0, description="Seconds that requests have to end when the service stops."

@@ -17,11 +17,13 @@ from starlette.requests import Request
 from delf_milvus.async_index import AsyncDelfIndex
 from delf_milvus.errors import DelfMilvusError
 from delf_milvus.service.access import Keys, RateLimit, Role, is_loopback
+from delf_milvus.service.breaker import Breaker, OpenError
 from delf_milvus.service.meters import Meters
 from delf_milvus.service.photos import PhotoFolders
-from delf_milvus.service.problems import ClientGoneError, RefusedError
+from delf_milvus.service.problems import ClientGoneError, RefusedError, database_unavailable
 from delf_milvus.service.queue import FairQueue, QueueFullError
 from delf_milvus.settings import Settings
+from delf_milvus.store.connection import DeadlineError
 
 T = TypeVar("T")
 
@@ -33,6 +35,10 @@ SPARE_THREADS = 2
 _PROBE_SECONDS = 3.0
 _PROBE_VALID = 1.0
 _PROXIED = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+class _TooLateError(DeadlineError):
+    """A request's time is up."""
 
 
 @dataclass
@@ -50,10 +56,18 @@ class Visit:
 
 
 def limited(settings: Settings) -> Settings:
-    """The settings of a service's index: uploads are smaller than what a folder may hold."""
-    service, decode = settings.service, settings.decode
+    """The settings of a service's index: uploads are smaller than what a folder may hold, and a database that is late
+    or away is not waited for, twice and all, beyond the time in which a request must be answered."""
+    service, decode, store = settings.service, settings.decode, settings.store
     pixels = min(service.max_pixels, decode.max_pixels)
-    return settings.model_copy(update={"decode": decode.model_copy(update={"max_pixels": pixels})})
+    half = service.request_seconds / 2
+    patience = {"timeout": min(store.timeout, half), "retry_seconds": min(store.retry_seconds, half)}
+    return settings.model_copy(
+        update={
+            "decode": decode.model_copy(update={"max_pixels": pixels}),
+            "store": store.model_copy(update=patience),
+        }
+    )
 
 
 class Service:
@@ -70,7 +84,8 @@ class Service:
         self.names = (_PROXIED | {settings.host.lower()}) if is_loopback(settings.host) and not self.keys else None
         self.rate = RateLimit(settings.requests_per_minute)
         self.queue = FairQueue(settings.threads, settings.queue, settings.queue_each)
-        self.meters = Meters(self.queue)
+        self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
+        self.meters = Meters(self.queue, self.breaker)
         self.photos = PhotoFolders(settings.photos, settings.uploads, whole.decode, whole.store.tenant)
         self.version = installed_version("delf-milvus")
         self.started = time.monotonic()
@@ -100,8 +115,10 @@ class Service:
         A request whose client leaves or whose time is up while it waits costs nothing. What has begun is carried to its
         end, as a thread cannot be stopped, and keeps its turn until then.
 
-        Raises RefusedError (429 with a full queue, 504), ClientGoneError, and what the work raises.
+        Raises RefusedError (429 with a full queue, 503 at once while the breaker is open, 504), ClientGoneError, and
+        what the work raises.
         """
+        self._check_database()
         visit: Visit = request.state.visit
         deadline = time.monotonic() + self.settings.request_seconds
         gone = asyncio.ensure_future(_gone(request))
@@ -120,6 +137,19 @@ class Service:
         try:
             return await asyncio.wait_for(quick, self.settings.request_seconds)
         except asyncio.TimeoutError:
+            raise _late(self.settings.request_seconds) from None
+
+    async def ask(self, quick: Callable[[], Awaitable[T]]) -> T:
+        """Something short of the database, in time; raises as `soon`, and RefusedError (503) while the breaker is open.
+
+        What is too late here counts as the database's failure.
+        """
+
+        self._check_database()
+        try:
+            with self.breaker.asking():
+                return await self._in_time(quick)
+        except _TooLateError:
             raise _late(self.settings.request_seconds) from None
 
     async def on_files(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -141,12 +171,19 @@ class Service:
                 self._locks[image_id] = lock, users - 1
 
     async def database_answers(self) -> bool:
-        """Whether the database answers now, or did a second ago. A question that is still open is not asked again."""
+        """Whether the database answers now, or did a second ago. A question that is still open is not asked again.
+
+        While the breaker is open it is not asked; once a trial may pass, this is one.
+        """
+        try:
+            self.breaker.check()
+        except OpenError:
+            return False
         found, when = self._probed
         if time.monotonic() - when < _PROBE_VALID:
             return found
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.ensure_future(self.index.count_images())
+            self._probe = asyncio.ensure_future(self._counted())
         try:
             await asyncio.wait_for(asyncio.shield(self._probe), _PROBE_SECONDS)
             found = True
@@ -155,6 +192,22 @@ class Service:
             found = False
         self._probed = found, time.monotonic()
         return found
+
+    async def _in_time(self, quick: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await asyncio.wait_for(quick(), self.settings.request_seconds)
+        except asyncio.TimeoutError:
+            raise _TooLateError from None
+
+    async def _counted(self) -> int:
+        with self.breaker.asking():
+            return await self.index.count_images()
+
+    def _check_database(self) -> None:
+        try:
+            self.breaker.check()
+        except OpenError as error:
+            raise database_unavailable(error.seconds) from None
 
     async def aclose(self) -> None:
         """Wait for the work that has begun."""
@@ -183,7 +236,11 @@ class Service:
     async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         started = time.monotonic()
         try:
-            return await work()
+            # It may have opened while this waited.
+            with self.breaker.asking():
+                return await work()
+        except OpenError as error:
+            raise database_unavailable(error.seconds) from None
         finally:
             self.queue.leave(time.monotonic() - started)
 

@@ -14,6 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from delf_milvus.service.breaker import Breaker
 from delf_milvus.service.queue import FairQueue
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -25,7 +26,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"
 class Meters:
     """Counters and histograms of one service."""
 
-    def __init__(self, queue: FairQueue) -> None:
+    def __init__(self, queue: FairQueue, breaker: Breaker) -> None:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -52,6 +53,15 @@ class Meters:
         )
         Gauge("delf_milvus_queue_length", "Photos that wait.", registry=registry).set_function(lambda: queue.length)
         Gauge("delf_milvus_queue_running", "Photos in work.", registry=registry).set_function(lambda: queue.running)
+
+        Gauge(
+            "delf_milvus_breaker_open",
+            "1 while the database is not asked, because it did not answer.",
+            registry=registry,
+        ).set_function(lambda: breaker.state != "closed")
+        Gauge(
+            "delf_milvus_breaker_openings", "How often the database stopped being asked.", registry=registry
+        ).set_function(lambda: breaker.opened)
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count an answered request."""

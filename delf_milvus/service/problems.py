@@ -64,12 +64,16 @@ class ClientGoneError(Exception):
     """The client closed its connection; nobody reads an answer."""
 
 
+def database_unavailable(seconds: float = 5) -> RefusedError:
+    """The answer while the database is away. seconds: after which it may be asked again."""
+    message = "The database cannot be reached or failed while answering; try again in a moment."
+    return RefusedError(503, _STATUS[DatabaseError][1], message, seconds)
+
+
 def refusal_of(error: DelfMilvusError) -> RefusedError:
     """What a client is told of an error of ours."""
     kind = next(kind for kind in type(error).__mro__ if kind in _STATUS or kind is DelfMilvusError)
     status, name = _STATUS.get(kind, (500, "failed"))
     if status == 503:
-        return RefusedError(
-            status, name, "The database cannot be reached or failed while answering; try again in a moment.", 5
-        )
+        return database_unavailable()
     return RefusedError(status, name, one_line(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from typing import Annotated, Any
 from urllib.parse import unquote
@@ -164,9 +164,12 @@ def _image_routes(service: Service) -> APIRouter:
     async def images(options: Annotated[wire.ListOptions, Query()]) -> Any:
         """A page of the stored images, in order of their ids."""
         filter = _filter(options.filter)
-        listing = service.index.list(options.prefix, options.limit + 1, after=options.after, filter=filter)
+
+        def listing() -> Awaitable[list[ImageRecord]]:
+            return service.index.list(options.prefix, options.limit + 1, after=options.after, filter=filter)
+
         async with _blamed(service, filter):
-            records = await service.soon(listing)
+            records = await service.ask(listing)
         page = records[: options.limit]
         shown = await service.on_files(lambda: [_record(service, record) for record in page])
         return {"images": shown, "next": page[-1].image_id if len(records) > len(page) else None}
@@ -178,7 +181,7 @@ def _image_routes(service: Service) -> APIRouter:
     )
     async def photo(request: Request, image_id: ImageId) -> Response:
         """The photo of an image, where it lies in a folder that the service may show, and is unchanged."""
-        record = await service.soon(service.index.show(image_id))
+        record = await service.ask(lambda: service.index.show(image_id))
         if await _known(service, request, record, "photo"):
             return Response(status_code=304, headers=_cached(record, "photo"))
         found = await service.on_files(service.photos.read, record)
@@ -197,7 +200,7 @@ def _image_routes(service: Service) -> APIRouter:
         ] = 320,
     ) -> Response:
         """The photo of an image, smaller, as a JPEG without anything that its file says beside the pixels."""
-        record = await service.soon(service.index.show(image_id))
+        record = await service.ask(lambda: service.index.show(image_id))
         kind = f"thumbnail{side}"
         if await _known(service, request, record, kind):
             return Response(status_code=304, headers=_cached(record, kind))
@@ -207,15 +210,15 @@ def _image_routes(service: Service) -> APIRouter:
     @made.get("/v1/images/{image_id:path}", response_model=wire.ImageAnswer, responses=_errors(404))
     async def image(image_id: ImageId) -> Any:
         """What is stored of an image."""
-        record = await service.soon(service.index.show(image_id))
+        record = await service.ask(lambda: service.index.show(image_id))
         return await service.on_files(_record, service, record)
 
     @made.delete("/v1/images/{image_id:path}", response_model=wire.DeleteAnswer, responses=_errors(404))
     async def delete(image_id: ImageId) -> Any:
         """Delete an image, and its photo where the service keeps it."""
         async with service.alone(image_id):
-            record = await service.soon(service.index.show(image_id))
-            deleted = await service.soon(service.index.delete([image_id]))
+            record = await service.ask(lambda: service.index.show(image_id))
+            deleted = await service.ask(lambda: service.index.delete([image_id]))
             await service.on_files(service.photos.forget, record.uri)
         return {"deleted": deleted}
 
@@ -228,7 +231,7 @@ def _operation_routes(service: Service) -> APIRouter:
     @made.get("/v1/status", response_model=wire.StatusAnswer, responses=_errors(504))
     async def status(request: Request) -> Any:
         """Database, collection, index and model, and the service itself."""
-        store = await service.soon(service.index.status())
+        store = await service.ask(service.index.status)
         if not service.settings.show_uris:
             store["uri"] = ""
         settings, whole = service.settings, service.index.settings
@@ -260,7 +263,8 @@ def _operation_routes(service: Service) -> APIRouter:
         """Whether the database answers and the model is loaded."""
         found = {"database": await service.database_answers(), "model": service.model_loaded}
         ready = all(found.values()) and not service.stopping
-        return JSONResponse({"ready": ready, **found}, 200 if ready else 503)
+        answer = {"ready": ready, **found, "breaker": service.breaker.state}
+        return JSONResponse(answer, 200 if ready else 503)
 
     @made.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:

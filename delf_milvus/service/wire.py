@@ -6,7 +6,7 @@ Clients read these too; FastAPI is not needed for them.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -194,11 +194,13 @@ class StatusAnswer(BaseModel):
 
 
 class ReadyAnswer(BaseModel):
-    """Whether requests can be served, and what of it is missing."""
+    """Whether requests can be served, and what of it is missing. breaker: "open" while the database is not asked,
+    because it did not answer; "trying" while one question is out to it."""
 
     ready: bool
     database: bool
     model: bool
+    breaker: Literal["closed", "open", "trying"]
 
 
 class SearchOptions(BaseModel):

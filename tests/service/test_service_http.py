@@ -345,7 +345,12 @@ def test_status_health_and_metrics(tmp_path: Path, tiny_model: Path) -> None:
         async with serving(settings_of(tmp_path, tiny_model)) as (service, client):
             await filled(client)
             assert (await client.get("/healthz")).text == "ok\n"
-            assert (await client.get("/readyz")).json() == {"ready": True, "database": True, "model": True}
+            assert (await client.get("/readyz")).json() == {
+                "ready": True,
+                "database": True,
+                "model": True,
+                "breaker": "closed",
+            }
             told = (await client.get("/v1/status")).json()
             assert (told["store"]["images"], told["store"]["fields"]) == (4, {"year": "integer=0"})
             assert told["service"]["keys"] is False
