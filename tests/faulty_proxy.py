@@ -23,7 +23,8 @@ _PIECE = 4096
 class FaultyProxy:
     """A proxy of the server at a uri, on a port of its own; a context manager.
 
-    uri: where clients connect. connected: connections that it accepted, in all. cuts: how often it broke them off.
+    uri: where clients connect. refused: connections that it closed at once, in all. cuts: how often it broke off those
+    that there were. passed: bytes that it passed on, both ways.
     """
 
     def __init__(self, uri: str) -> None:
@@ -31,8 +32,9 @@ class FaultyProxy:
         self._target = place.hostname or "127.0.0.1", place.port or 19530
         self.latency = 0.0
         self.refusing = False
-        self.connected = 0
+        self.refused = 0
         self.cuts = 0
+        self.passed = 0
         self._cut_after: int | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
@@ -85,9 +87,9 @@ class FaultyProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refusing:
+            self.refused += 1
             writer.transport.abort()
             return
-        self.connected += 1
         try:
             from_server, to_server = await asyncio.open_connection(*self._target)
         except OSError:
@@ -123,6 +125,7 @@ class FaultyProxy:
                         await writer.drain()
                         await self._cut()
                         return
+                self.passed += len(piece)
                 writer.write(piece)
                 await writer.drain()
 

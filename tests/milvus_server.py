@@ -21,7 +21,7 @@ import subprocess
 import time
 import urllib.request
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -180,6 +180,18 @@ class WheelServer:
         if self._process.poll() is not None:
             warnings.warn(f"a server was left dead; the end of its log:\n{self._end_of_log()}", stacklevel=2)
             self.restart()
+
+    @contextlib.contextmanager
+    def refusing_writes(self) -> Iterator[None]:
+        """Deny all writing meanwhile, as a full disk or a quota does; the server takes it up some six seconds later."""
+        path = self._folder / "configs/milvus.yaml"
+        text = path.read_text()
+        before, after = text.split("limitWriting:", 1)
+        path.write_text(f"{before}limitWriting:{after.replace('forceDeny: false', 'forceDeny: true', 1)}")
+        try:
+            yield
+        finally:
+            path.write_text(text)
 
     def _end_of_log(self) -> str:
         logs = sorted((self._folder / "logs").glob("*"), key=lambda path: path.stat().st_mtime)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from delf_milvus.features import Box, Features, clipped_box
+from delf_milvus.forking import OneProcess
 from delf_milvus.model import weights
 from delf_milvus.model.delf import pooled
 from delf_milvus.model.resize import resize, resize_tf_bilinear, tf_size
@@ -34,6 +35,9 @@ _PIXELS_TOGETHER = 16_000_000
 
 _MAP_SIDE = 512
 """Pixels of the longest side of an attention map: finer than the cells of any level that is used."""
+
+
+_computing = OneProcess("Photos were computed")
 
 
 class _Level(NamedTuple):
@@ -78,7 +82,8 @@ class Extractor:
         photo smaller than a cell has no features; the "tf-bilinear" pyramid keeps every level that has a pixel. Cells
         that score below `min_attention` are no features.
 
-        Raises UsageError for a box that leaves nothing of the photo.
+        Raises UsageError for a box that leaves nothing of the photo, and in a process that was forked after its parent
+        had computed.
         """
         height, width = photo.shape[:2]
         x0, y0, x1, y1 = map(int, clipped_box(box, width, height))
@@ -136,6 +141,7 @@ class Extractor:
 
     def _levels(self, regions: npt.NDArray[np.uint8]) -> list[_Level]:
         """The levels of the pyramid of regions, (N, H, W, 3), that are not too small."""
+        _computing.check()
         sides = regions.shape[1:3]
         shrink = min(1.0, self.plan.longest_side / max(sides))
         pixels = torch.from_numpy(np.ascontiguousarray(regions))

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delf_milvus.errors import CollectionError, DatabaseError, DelfMilvusError, UsageError
+from delf_milvus.forking import OneProcess
 from delf_milvus.settings import StoreSettings, TlsSettings
 from delf_milvus.store.profiles import Backend
 
@@ -74,6 +75,7 @@ _embedded: dict[str, int] = {}
 _embedded_guard = threading.Lock()
 _write_locks: dict[str, threading.RLock] = {}
 _stderr_guard = threading.RLock()
+_database = OneProcess("A database was opened")
 
 
 Result = TypeVar("Result")
@@ -214,7 +216,8 @@ class Connection:
 
     def close(self) -> None:
         """Close the client if it is ours, and stop the embedded database if nobody else in this process uses it."""
-        if self._closed or not self._owned:
+        # A forked process has a copy of what is still in use where it was opened.
+        if self._closed or not self._owned or _database.is_elsewhere:
             return
         self._closed = True
         with _embedded_guard:
@@ -360,10 +363,14 @@ def shown(uri: str) -> str:
 
 @contextmanager
 def asking_milvus(where: str, doing: str, timeout: float) -> Iterator[None]:
-    """Around every call of a client, sync or async: what it raises becomes DatabaseError or CollectionError."""
+    """Around every call of a client, sync or async: what it raises becomes DatabaseError or CollectionError.
+
+    Raises UsageError in a process that was forked after its parent had called one.
+    """
     import grpc
     from pymilvus.exceptions import ConnectionConfigException, MilvusException
 
+    _database.check()
     mark = _asking.set(True)
     try:
         yield
