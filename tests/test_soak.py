@@ -1,0 +1,107 @@
+"""Mixed load in small: what is open and what runs does not grow with the number of calls, and memory stays bounded."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks.soak import INGESTED, Calls, Log, Usage, calls_of, settings_of, trend, usage, work
+from conftest import RgbImage, make_photo, save_photo
+from milvus_server import Server
+
+from delf_milvus import DelfIndex, Settings
+
+THREADS, CALLS = 3, 90
+SIDE = (320, 240)
+MEMORY = 60.0
+"""MB that a round may add: the 90 photos of its calls, decoded, with the levels of their pyramids as floats, are more
+than 150 MB, so that a call that kept its photo's would be seen, and what the allocator and Milvus Lite's segments keep
+is less."""
+
+
+def turn(calls: Calls, seed: int) -> Usage:
+    """So many calls in threads, which end; what the process takes afterwards."""
+    log, left = Log(), itertools.count(CALLS, -1)
+
+    def go_on() -> bool:
+        return next(left) > 0
+
+    workers = [threading.Thread(target=work, args=(calls, log, seed + number, go_on)) for number in range(THREADS)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert log.errors == {}
+    assert log.calls == CALLS
+    gc.collect()
+    return usage()
+
+
+def settled(rounds: Callable[[int], Usage]) -> None:
+    """After two rounds, in which pools fill, a further two add neither files nor threads, nor much memory."""
+    taken = [rounds(number) for number in range(4)]
+    before, after = taken[:2], taken[2:]
+    # Pools of threads grow to their bound when their tasks happen to overlap: at most one more of each.
+    assert min(one.threads for one in after) <= max(one.threads for one in before) + 2, taken
+    assert min(one.handles for one in after) <= max(one.handles for one in before) + 1, taken
+    assert after[1].memory - before[1].memory < 2 * MEMORY, taken
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[RgbImage]:
+    return [make_photo(seed, *SIDE) for seed in range(12)]
+
+
+def test_mixed_load_leaves_nothing_open_behind(tmp_path: Path, tiny_model: Path, photos: list[RgbImage]) -> None:
+    for number in range(INGESTED):
+        save_photo(tmp_path / "folder" / f"{number}.png", photos[number])
+    with DelfIndex.open(settings=settings_of(str(tmp_path / "photos.db"), str(tiny_model))) as index:
+        for number, photo in enumerate(photos):
+            index.add(photo, f"pool/{number}", {"year": 2000 + number})
+        calls = calls_of(index, photos, tmp_path / "folder")
+        settled(lambda number: turn(calls, 10 * number))
+
+
+def test_opening_and_closing_again_and_again_leaves_nothing_open(
+    tmp_path: Path, tiny_model: Path, photos: list[RgbImage]
+) -> None:
+    settings = settings_of(str(tmp_path / "photos.db"), str(tiny_model))
+    settled(lambda _: reopened(settings, photos[0]))
+
+
+@pytest.mark.server
+def test_opening_and_closing_on_a_server_leaves_nothing_open(
+    milvus: Server, name: str, tiny_model: Path, photos: list[RgbImage]
+) -> None:
+    settings = settings_of(milvus.uri, str(tiny_model)).model_copy(update={"collection": name})
+    settled(lambda _: reopened(settings, photos[0]))
+
+
+def reopened(settings: Settings, photo: RgbImage) -> Usage:
+    """What the process takes after an index was opened and closed three times."""
+    for _ in range(3):
+        with DelfIndex.open(settings=settings) as index:
+            index.store.write([])
+            index.add(photo, "one")
+            assert index.search(photo, include_unverified=True).hits
+    gc.collect()
+    return usage()
+
+
+def test_only_what_must_be_flat_is_called_flat() -> None:
+    hours, rng = np.linspace(0, 1, 300), np.random.default_rng(0)
+    noise = rng.normal(0, 1, 300)
+    assert trend(hours, 100 + noise).verdict == "flat"
+    assert trend(hours, 100 + 30 * hours + noise).verdict == "grows"
+    assert trend(hours, 100 - 30 * hours + noise).verdict == "shrinks"
+    # So noisy, and its neighbours so alike, that a rise of a tenth could hide in it.
+    wandering = np.cumsum(rng.normal(0, 4, 300))
+    assert trend(hours, 100 + wandering - np.polyval(np.polyfit(hours, wandering, 1), hours)).verdict == "cannot tell"
+    rising = trend(hours, 100 + 30 * hours + noise)
+    assert rising.low < 30 < rising.high
+    assert rising.slope == pytest.approx(30, abs=2)
