@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
+from pymilvus.grpc_gen import schema_pb2
 
-from delf_milvus.store.hits import search_arrays
+from delf_milvus.errors import DatabaseError
+from delf_milvus.store.hits import hit_arrays, joined_hits, search_arrays
 
 VECTORS = np.eye(4, 3, dtype=np.float32)
 OPTIONS = {"data": list(np.eye(2, 3, dtype=np.float32)), "anns_field": "vector", "output_fields": ["id"]}
@@ -65,3 +67,15 @@ def test_errors_are_those_of_the_client(client: MilvusClient) -> None:
         with pytest.raises(MilvusException) as found:
             search_arrays(client, name, 3, **OPTIONS)
         assert found.value.code == expected.value.code
+
+
+def test_an_answer_that_lacks_questions_or_hits_is_an_error_and_not_a_shorter_answer(client: MilvusClient) -> None:
+    hits = search_arrays(client, "some", 2, **OPTIONS)
+    assert joined_hits([hits, hits], 4, 2)[0].shape == (4, 2)
+    for parts in ([hits], [hits, hits, hits]):
+        with pytest.raises(DatabaseError, match=r"answered [26] of 4 questions of a search; search again"):
+            joined_hits(parts, 4, 2)
+    results = schema_pb2.SearchResultData(topks=[2, 2], scores=[0.9, 0.8, 0.7])
+    results.ids.int_id.data.extend([10, 11, 12])
+    with pytest.raises(DatabaseError, match="fewer or more hits than it says"):
+        hit_arrays(results, 3)
