@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from delf_milvus.errors import DatabaseError
 from delf_milvus.store.connection import DeadlineError, NotLoadedError, asking_milvus
 from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.reading import left_out
 
 if TYPE_CHECKING:
     from pymilvus import AsyncMilvusClient
@@ -110,7 +111,16 @@ class AsyncReads:
 
     async def get(self, calls: list[dict[str, Any]]) -> list[Any]:
         """The results of `FeatureStore.stored_calls`."""
-        return [await self._reading("reading images", self._client.get, call) for call in calls]
+        return [await self._got(call) for call in calls]
+
+    async def _got(self, call: dict[str, Any]) -> list[Any]:
+        rows: list[Any] = []
+        asked: dict[str, Any] | None = call
+        while asked is not None:
+            answer = await self._reading("reading images", self._client.get, asked)
+            rows += answer
+            asked = left_out(asked, answer)
+        return rows
 
     async def _reading(self, doing: str, read: Callable[..., Coroutine[Any, Any, Any]], call: dict[str, Any]) -> Any:
         from tenacity import AsyncRetrying
