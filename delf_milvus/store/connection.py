@@ -46,6 +46,8 @@ _PASSING = frozenset((4, 8, 12, 103, 106, 110, 202, 401, 502, 503, 901, 902, 903
 _STARTING = "unrecoverable error"
 # Out of memory or disk, by its own count, or writing is denied: it lasts until somebody makes room.
 _FULL = frozenset((3, 7, 9))
+# What an embedded database says of a file that may not grow, a full disk, and an exceeded quota.
+_FULL_DISK = re.compile(r"\[Errno (27|28|122)\]")
 # What pymilvus says when its own patience ends, with a code that means anything.
 _LATE = re.compile(r"Retry timeout: [\d.]+s$|\(DEADLINE_EXCEEDED\)")
 _ATTEMPTS_PAST_DEADLINE = 2
@@ -397,7 +399,7 @@ def _failed(error: Any, where: str, doing: str, timeout: float) -> DelfMilvusErr
         return _late(where, doing, timeout)
     if error.code in _PASSING or _STARTING in error.message:
         return AwayError(f"The database at {where} is not ready while {doing}: {reason}.")
-    if error.code in _FULL:
+    if error.code in _FULL or _FULL_DISK.search(error.message):
         return DatabaseError(
             f"The database at {where} takes no more while {doing}: {reason}; make room there or raise its limits, then "
             "do the same again."

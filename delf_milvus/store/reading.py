@@ -413,8 +413,8 @@ def left_out(call: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any] | N
     """The call of the client's `get` that asks for the keys that an answer lacks; None where that is of no use.
 
     While somebody replaces a row, a Milvus server (seen with 2.3.5) leaves out rows behind it in the order of keys, and
-    says nothing. Asked for without it, they are there. So it is asked again while an answer brings anything: mostly never,
-    for mostly nothing is lacking.
+    says nothing. Asked for without it, they are there. So it is asked again while an answer brings anything: mostly
+    never, for mostly nothing is lacking.
     """
     there = {int(row[call["output_fields"][0]]) for row in rows}
     lacking = [key for key in call["ids"] if key not in there]

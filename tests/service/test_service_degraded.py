@@ -30,7 +30,7 @@ def proxy(milvus: Server) -> Iterator[FaultyProxy]:
 
 @pytest.fixture
 def hasty(milvus: Server, proxy: FaultyProxy, tmp_path: Path, tiny_model: Path) -> Iterator[Settings]:
-    """Settings of a service behind the proxy, which waits for its database for three seconds; three photos are stored."""
+    """Settings of a service behind the proxy, which waits three seconds for its database; three photos are stored."""
     settings = settings_of(tmp_path, tiny_model, breaker_failures=2, breaker_seconds=1000.0, request_seconds=30)
     name = f"d{uuid.uuid4().hex[:12]}"
     direct = settings.model_copy(update={"uri": milvus.uri, "collection": name})
