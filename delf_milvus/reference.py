@@ -59,6 +59,8 @@ REASONS = {
     "search.global_weight": "measured: 0.15 and 1 are worse on places",
     "search.similar_images": "measured: 100 are worse on places, 3000 no better",
     "verify.max_false_alarm": "one query without a match in a hundred is answered by mistake",
+    "service.breaker_failures": "one may be chance, and with each a client waits in vain",
+    "service.breaker_seconds": "shorter than a small standalone server takes to start",
 }
 """Why a default is what it is, by the setting's dotted name, for those where something can be said."""
 
