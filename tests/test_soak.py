@@ -19,8 +19,8 @@ from delf_milvus import DelfIndex, Settings
 THREADS, CALLS = 3, 60
 MEMORY = 60.0
 """MB that a round may add: the 60 photos of its calls, decoded, with the levels of their pyramids as floats, are more
-than 80 MB, so that a call that kept its photo's would be seen. What the allocator, torch's kernels for ever new sizes and
-Milvus Lite's segments keep is less."""
+than 80 MB, so that a call that kept its photo's would be seen. What the allocator, torch's kernels for ever new sizes
+and Milvus Lite's segments keep is less."""
 
 
 def turn(calls: Calls, seed: int) -> Usage:
