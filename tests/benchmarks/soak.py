@@ -2,6 +2,7 @@
 
     python tests/benchmarks/soak.py --minutes 60 --database lite
     python tests/benchmarks/soak.py --minutes 60 --database service --photos DATA/ukbench --model bundled
+    python tests/benchmarks/soak.py --extract 1050 --one-size
 
 Threads search, add, add again, delete, list by a filter, match, ask for the status and (all but `service`) ingest a
 folder that changes, each chosen at random. --database: `lite`, the embedded one in this process; `server`, the wheel of
@@ -13,6 +14,9 @@ Every five seconds memory, files and threads are noted. For each, and for the mi
 what follows the first fifth; its 95 % interval comes from resampling blocks of residuals, because neighbouring samples
 are alike. "flat" is said only where that interval lies within a tenth of the mean per hour around zero, "grows" or
 "shrinks" where it leaves out zero, "cannot tell" otherwise.
+
+--extract: instead of all this extract so many photos of ever new sizes, or of one size, and tell memory, and how much
+of it is in use (Linux).
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ctypes
+import gc
 import json
 import shutil
 import sys
@@ -43,6 +49,7 @@ from numpy.typing import NDArray
 from service.serving import process
 
 from delf_milvus import DelfClient, DelfIndex, DelfMilvusError, Settings
+from delf_milvus.model.extractor import Extractor
 from delf_milvus.settings import ExtractSettings, StoreSettings
 
 SAMPLE_SECONDS = 5.0
@@ -290,6 +297,20 @@ def summary(samples: list[tuple[float, Usage]], rows: list[dict[str, Any]]) -> d
     return found
 
 
+def extract(model: str, photos: list[RgbImage], count: int, one_size: bool) -> None:
+    """Extract so many photos, and say now and then what memory is taken, and how much of it is in use."""
+    extractor = Extractor(model, settings_of("", model).extract)
+    rng = np.random.default_rng(0)
+    for number in range(1, count + 1):
+        photo = photos[number % len(photos)]
+        extractor.extract(photo if one_size else np.ascontiguousarray(cut(photo, rng)), 60)
+        if number % 150 == 0:
+            gc.collect()
+            taken = usage().memory
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            print(f"{number:>6} photos: {taken:.0f} MB, in use {usage().memory:.0f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
@@ -299,12 +320,17 @@ def main() -> None:
     parser.add_argument("--model", choices=("tiny", "bundled"), default="tiny")
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--extract", type=int, default=0, metavar="PHOTOS")
+    parser.add_argument("--one-size", action="store_true")
     parser.add_argument("--save", type=Path, help="JSON file for samples, minutes and trends")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
         model = "bundled" if options.model == "bundled" else str(write_tiny_model(folder / "tiny.safetensors"))
         photos = photos_in(options.photos, options.count)
+        if options.extract:
+            extract(model, photos, options.extract, options.one_size)
+            return
         for number in range(INGESTED):
             save_photo(folder / "ingested" / f"{number}.png", photos[number])
         log = Log()
