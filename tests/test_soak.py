@@ -16,10 +16,10 @@ from milvus_server import Server
 
 from delf_milvus import DelfIndex, Settings
 
-THREADS, CALLS = 3, 60
-MEMORY = 60.0
-"""MB that a round may add: the 60 photos of its calls, decoded, with the levels of their pyramids as floats, are more
-than 80 MB, so that a call that kept its photo's would be seen. What the allocator, torch's kernels for ever new sizes
+THREADS, CALLS = 3, 40
+MEMORY = 45.0
+"""MB that a round may add: the 40 photos of its calls, decoded, with the levels of their pyramids as floats, are more
+than 55 MB, so that a call that kept its photo's would be seen. What the allocator, torch's kernels for ever new sizes
 and Milvus Lite's segments keep is less."""
 
 
