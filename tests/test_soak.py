@@ -72,6 +72,8 @@ def test_opening_and_closing_again_and_again_leaves_nothing_open(
     tmp_path: Path, tiny_model: Path, photos: list[RgbImage]
 ) -> None:
     settings = settings_of(str(tmp_path / "photos.db"), str(tiny_model))
+    with DelfIndex.open(settings=settings) as index:
+        index.add(photos[0], "one")
     settled(lambda _: reopened(settings, photos[0]))
 
 
@@ -80,6 +82,8 @@ def test_opening_and_closing_on_a_server_leaves_nothing_open(
     milvus: Server, name: str, tiny_model: Path, photos: list[RgbImage]
 ) -> None:
     settings = settings_of(milvus.uri, str(tiny_model)).model_copy(update={"collection": name})
+    with DelfIndex.open(settings=settings) as index:
+        index.add(photos[0], "one")
     settled(lambda _: reopened(settings, photos[0]))
 
 
@@ -87,8 +91,6 @@ def reopened(settings: Settings, photo: RgbImage) -> Usage:
     """What the process takes after an index was opened and closed three times."""
     for _ in range(3):
         with DelfIndex.open(settings=settings) as index:
-            index.store.write([])
-            index.add(photo, "one")
             assert index.search(photo, include_unverified=True).hits
     gc.collect()
     return usage()
@@ -105,4 +107,4 @@ def test_only_what_must_be_flat_is_called_flat() -> None:
     assert trend(hours, 100 + wandering - np.polyval(np.polyfit(hours, wandering, 1), hours)).verdict == "cannot tell"
     rising = trend(hours, 100 + 30 * hours + noise)
     assert rising.low < 30 < rising.high
-    assert rising.slope == pytest.approx(30, abs=2)
+    assert rising.high - rising.low < 2
