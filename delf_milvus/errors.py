@@ -12,10 +12,15 @@ def one_line(text: object) -> str:
 class DelfMilvusError(Exception):
     """Base of all errors of this package.
 
-    Its text is one sentence that says what is wrong and what to do; `exit_code` is what the command line ends with.
+    Its text is one sentence, in one line, that says what is wrong and what to do; `exit_code` is what the command line
+    ends with.
     """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        # Names and libraries' messages in it may be of strangers.
+        return one_line(super().__str__())
 
 
 class UsageError(DelfMilvusError):

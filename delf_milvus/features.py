@@ -183,7 +183,7 @@ class Fingerprint:
         try:
             values = json.loads(text)
             return Fingerprint(**{**values, "scales": tuple(values["scales"])})
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"not a model fingerprint: {error}") from error
 
     @property

@@ -473,6 +473,8 @@ def load(flags: dict[str, Any] | None = None, config: Path | None = None) -> Loa
         dotenv = DotEnvSettingsSource(Settings)()
         layers.append((".env", {name: value for name, value in dotenv.items() if name in Settings.model_fields}))
         layers.append(("environment", EnvSettingsSource(Settings)()))
+    except RecursionError:
+        raise UsageError("The settings cannot be read: one of them is nested too deeply.") from None
     except (SettingsError, ValueError, OSError) as error:
         raise UsageError(f"The settings cannot be read: {error}.") from error
     layers.append(("flag", flags or {}))

@@ -269,7 +269,7 @@ def _nine(path: Path, line: int, column: str, value: Any) -> Matrix:
         values = [number for row in values for number in row]
     try:
         numbers = tuple(float(number) for number in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = ()
     if len(numbers) != 9 or not all(map(math.isfinite, numbers)) or not any(numbers):
         bad_line(path, line, f"{column} must be nine numbers, not all of them 0")

@@ -10,6 +10,7 @@ ground truth published with it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
         raise InputError(f"{name} is neither a pickle nor, with the suffix .json, JSON ({one_line(error)}).") from error
     try:
         return _checked(values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         problem = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise InputError(
             f"{name} is no ground truth of this protocol, with imlist, qimlist and gnd of bbx, easy, hard and junk: "
@@ -154,7 +155,7 @@ def _checked(values: Any) -> GroundTruth:
     boxes, levels = [], []
     for entry in entries:
         box = [float(side) for side in _list(entry["bbx"], int | float)]
-        if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+        if len(box) != 4 or not all(map(math.isfinite, box)) or not (box[0] < box[2] and box[1] < box[3]):
             raise ValueError(f"{box} is no box")
         boxes.append((box[0], box[1], box[2], box[3]))
         easy, hard, junk = (_names(images, entry[key]) for key in ("easy", "hard", "junk"))

@@ -7,10 +7,11 @@ of them, which it builds itself from the bytes; whatever else is asked for ends 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def plain_pickle(data: bytes) -> Any:
     Raises ForbiddenError, with its name, for anything else in it; ValueError for bytes that are no pickle.
     """
     try:
-        return _plain(_Plain(io.BytesIO(data), encoding="latin1").load())
+        return _plain(_Plain(io.BytesIO(data), encoding="latin1").load(), {})
     except ForbiddenError:
         raise
     except Exception as error:  # which one, depends on where the bytes stop making sense
@@ -37,6 +38,34 @@ def plain_pickle(data: bytes) -> Any:
 
 # The one in Python: that in C takes memory for any index that a few bytes name.
 class _Plain(pickle._Unpickler):
+    # What is shared in a pickle is there once, but its hash walks through it as often as it is reached: a few bytes for
+    # years. So keys and members of sets are single values.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
+    def load_empty_dictionary(self) -> None:
+        self.append(_Dict())
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_Dict(zip(map(_hashable, items[::2]), items[1::2], strict=True)))
+
+    def load_frozenset(self) -> None:
+        self.append(frozenset(map(_hashable, self.pop_mark())))
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(map(_hashable, items))
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.EMPTY_DICT[0]: load_empty_dictionary,
+        pickle.DICT[0]: load_dict,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.ADDITEMS[0]: load_additems,
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         call = _KNOWN.get((module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), name))
         if call is None:
@@ -48,6 +77,20 @@ class _Plain(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise ForbiddenError("a persistent reference")
+
+
+class _Dict(dict[Any, Any]):
+    """A dict as a pickle fills it."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(_hashable(key), value)
+
+
+def _hashable(value: Any) -> Any:
+    """A key of a dict or a member of a set, which must be a single value."""
+    if not isinstance(value, str | bytes | int | float | None):
+        raise ForbiddenError(f"a key of type {type(value).__name__}")
+    return value
 
 
 class _Call:
@@ -94,6 +137,9 @@ def _values(data: Any, dtype: _Dtype, shape: Any, order: str) -> Any:
     if not isinstance(dtype, _Dtype) or not isinstance(data, str | bytes | bytearray):
         raise ForbiddenError("an array of objects")
     raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
+    # As lists even an array of nothing takes memory, for each of its rows.
+    if math.prod(max(1, int(side)) for side in shape) > max(1, len(raw)):
+        raise ValueError("an array is larger than its values")
     return np.frombuffer(raw, dtype.value).reshape(shape, order="F" if order == "F" else "C").tolist()
 
 
@@ -125,6 +171,14 @@ def _no_bytes() -> bytes:
     return b""
 
 
+def _set(items: Any = ()) -> set[Any]:
+    return set(map(_hashable, items))
+
+
+def _frozenset(items: Any = ()) -> frozenset[Any]:
+    return frozenset(map(_hashable, items))
+
+
 _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _no_array,
@@ -134,21 +188,23 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     # How protocols below 3 write bytes and sets.
     ("_codecs", "encode"): _encode,
     ("builtins", "bytes"): _no_bytes,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
+    ("builtins", "set"): _set,
+    ("builtins", "frozenset"): _frozenset,
 }
 
 
-def _plain(value: Any) -> Any:
-    """The value with its arrays as lists."""
+def _plain(value: Any, known: dict[int, Any]) -> Any:
+    """The value with its arrays as lists. known: what was made of the values seen so far, by their identity: what is
+    shared stays shared, however often it is reached."""
     if isinstance(value, _Array):
         return value.values
-    if isinstance(value, dict):
-        return {_plain(name): _plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(one) for one in value)
-    if isinstance(value, set | frozenset):
-        return type(value)(_plain(one) for one in value)
     if isinstance(value, _Call | _Dtype):
         raise ForbiddenError("a function instead of a value")
-    return value
+    if not isinstance(value, dict | list | tuple):
+        return value
+    if id(value) not in known:
+        if isinstance(value, dict):
+            known[id(value)] = {name: _plain(one, known) for name, one in value.items()}
+        else:
+            known[id(value)] = type(value)([_plain(one, known) for one in value])
+    return known[id(value)]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +57,13 @@ def parse(data: bytes, source: str) -> LocalFeatures:
             if missing := {"keypoints", "descriptors"} - names:
                 damaged(source, f"it has no array {min(missing)}")
             arrays = {
-                name: _array(archive, name, source) for name in (*_NUMBERS, "image_size", "extractor") if name in names
+                name: array(archive, name, source) for name in (*_NUMBERS, "image_size", "extractor") if name in names
             }
     except InputError:
         raise
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+    # Archives and headers meet hostile bytes with nearly every exception there is: of zlib and lzma, and of Python's
+    # own parser, which NumPy hands a header to.
+    except Exception as error:
         damaged(source, "it is not an .npz archive, or it is damaged", error)
     numbers = {name: floats(arrays[name], name, source) for name in _NUMBERS if name in arrays}
     if numbers["descriptors"].ndim != 2 or numbers["keypoints"].ndim != 2:
@@ -93,8 +94,11 @@ def write(path: Path, found: LocalFeatures) -> None:
     partial.replace(path)
 
 
-def _array(archive: zipfile.ZipFile, name: str, source: str) -> npt.NDArray[Any]:
-    """One array, whose header is believed only as far as the entry has the bytes for it."""
+def array(archive: zipfile.ZipFile, name: str, source: str) -> npt.NDArray[Any]:
+    """One array of an archive, whose header is believed only as far as the entry has the bytes for it.
+
+    Raises InputError, and for damage whatever `zipfile` and NumPy raise.
+    """
     entry = archive.getinfo(f"{name}.npy")
     if entry.file_size > MAX_ARRAY_BYTES:
         damaged(source, f"its {name} have {entry.file_size:,} bytes, more than {MAX_ARRAY_BYTES:,}")

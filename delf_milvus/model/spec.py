@@ -98,10 +98,47 @@ class ModelSpec:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelSpec:
-        """The inverse of `dataclasses.asdict`; raises TypeError for unknown fields."""
+        """The inverse of `dataclasses.asdict`; raises TypeError for unknown fields, ValueError for values of another
+        type, and for a network larger than any that is trained."""
         trunk: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["trunk"].items()}
-        return ModelSpec(**{**values, "trunk": TrunkSpec(**trunk)})
+        spec = ModelSpec(**{**values, "trunk": TrunkSpec(**trunk)})
+        _check(spec)
+        return spec
 
+
+def _check(spec: ModelSpec) -> None:
+    """Raise ValueError for a specification that a file declares and no network has."""
+    trunk = spec.trunk
+    stages = len(trunk.units) if isinstance(trunk.units, tuple) else 0
+    for name, values, most, count in (
+        ("units", trunk.units, _MOST_UNITS, stages),
+        ("strides", trunk.strides, _MOST_STRIDE, stages),
+        ("widths", trunk.widths, _MOST_CHANNELS, stages),
+        ("outputs", trunk.widths if trunk.outputs is None else trunk.outputs, _MOST_CHANNELS, stages),
+        ("dim", (spec.dim,), _MOST_CHANNELS, 1),
+        ("attention_channels", (spec.attention_channels or 1,), _MOST_CHANNELS, 1),
+        ("global_dim", (spec.global_dim or 1,), _MOST_CHANNELS, 1),
+    ):
+        whole = isinstance(values, tuple) and all(type(value) is int and 1 <= value <= most for value in values)
+        if not whole or len(values) != count or not 1 <= count <= _MOST_STAGES:
+            raise ValueError(f"its {name} are not {count or 'some'} whole numbers from 1 to {most}")
+    for name, numbers, count in (("mean", trunk.mean, 3), ("std", trunk.std, 3), ("epsilon", (trunk.epsilon,), 1)):
+        finite = isinstance(numbers, tuple) and all(
+            type(number) in (int, float) and -_MOST_LEVEL <= number <= _MOST_LEVEL for number in numbers
+        )
+        if not finite or len(numbers) != count or (name != "mean" and min(numbers) <= 0):
+            raise ValueError(f"its {name} is not {count} numbers that make sense")
+    known = (("layout", trunk.layout, ("v1", "v1.5", "v2")), ("selection", spec.selection, get_args(Selection)))
+    for name, value, choices in known:
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}")
+
+
+_MOST_STAGES = 8
+_MOST_UNITS = 64
+_MOST_STRIDE = 8
+_MOST_CHANNELS = 32_768
+_MOST_LEVEL = 1e6
 
 METADATA_KEY = "delf_milvus"
 """Entry of a weight file's metadata that holds one JSON object: the specification and notes."""
@@ -135,7 +172,11 @@ def read_header(path: Path) -> tuple[ModelSpec, dict[str, Any]]:
         with safe_open(path, framework="np") as file:
             header = json.loads((file.metadata() or {})[METADATA_KEY])
         return ModelSpec.from_dict(header["spec"]), header.get("notes", {})
-    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    # MemoryError: of a length that only the header names.
+    except (
+        *(SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError),
+        *(RecursionError, OverflowError, MemoryError),
+    ) as error:
         raise ModelError(f"{path} is not a delf-milvus weight file ({error}).") from error
 
 

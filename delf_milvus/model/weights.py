@@ -50,8 +50,10 @@ def read(path: Path) -> tuple[ModelSpec, dict[str, Tensor], dict[str, Any]]:
     spec, notes = read_header(path)
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise ModelError(f"{path} is not a delf-milvus weight file ({error}).") from error
+    if unsound := next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None):
+        raise ModelError(f"{path} is damaged: its {unsound} holds values that are not finite.")
     return spec, {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, notes
 
 
@@ -61,9 +63,23 @@ def load(path: Path) -> Delf:
     Raises ModelError when the tensors do not fit the specification.
     """
     spec, tensors, _ = read(path)
+    # What a file merely declares takes no memory before the tensors are there for it.
+    with torch.device("meta"):
+        _check_shapes(Delf(spec), tensors, path)
     network = Delf(spec)
     _fill(network, tensors, path)
     return network.eval()
+
+
+def _check_shapes(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise ModelError for tensors that are missing, or of another shape than the network has."""
+    for name, tensor in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if name not in tensors:
+            raise ModelError(f"{path} does not hold the tensors that its specification says (first: {name}).")
+        if tensors[name].shape != tensor.shape:
+            raise ModelError(f"{path} holds tensors of another shape than its specification says.")
 
 
 def _fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -100,8 +116,10 @@ def initial_trunk(path: Path) -> Trunk:
     if path.suffix == ".npz":
         return _trunk_from_gluon(path)
     spec, tensors, _ = read(path)
-    trunk = Trunk(spec.trunk)
     own = {name.removeprefix("trunk."): t for name, t in tensors.items() if name.startswith("trunk.")}
+    with torch.device("meta"):
+        _check_shapes(Trunk(spec.trunk), own, path)
+    trunk = Trunk(spec.trunk)
     _fill(trunk, own, path)
     return trunk
 

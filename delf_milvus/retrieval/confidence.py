@@ -16,11 +16,13 @@ Two numbers follow from the score:
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -169,10 +171,10 @@ class Calibration:
             values = json.loads(path.read_text())
             if values["version"] != Calibration.version:
                 raise ValueError(f"version {values['version']}, not {Calibration.version}")
-            (a, b, c), (d, e, f) = (map(float, levels) for levels in values["chance"])
+            (a, b, c), (d, e, f) = (_finite(levels) for levels in values["chance"])
             answers = _scorer(values["answers"], len(NAMES) + 2)
             pairs = _scorer(values["pairs"], len(NAMES))
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise ModelError(f"{path} is not a calibration of this version ({error}).") from error
         return Calibration(((a, b, c), (d, e, f)), answers, pairs)
 
@@ -244,6 +246,16 @@ def _scorer(values: dict[str, object], columns: int) -> Scorer:
     weights, unrelated = values["weights"], values["unrelated"]
     if not isinstance(weights, list) or not isinstance(unrelated, dict) or len(weights) != columns:
         raise ValueError(f"{columns} weights are needed")
-    survival = Survival(tuple(map(float, unrelated["quantiles"])), float(unrelated["tail"]))
-    slope, offset = float(str(values["slope"])), float(str(values["offset"]))
-    return Scorer(tuple(map(float, weights)), survival, slope, offset)
+    quantiles = _finite(unrelated["quantiles"])
+    tail, slope, offset = _finite([unrelated["tail"], values["slope"], values["offset"]])
+    if len(quantiles) < 2 or any(low > high for low, high in itertools.pairwise(quantiles)) or tail <= 0 or slope < 0:
+        raise ValueError("its quantiles rise, its tail is positive and its slope is not negative")
+    return Scorer(_finite(weights), Survival(quantiles, tail), slope, offset)
+
+
+def _finite(values: Iterable[Any]) -> tuple[float, ...]:
+    """Numbers as floats; raises ValueError for one that is not finite: comparisons with it would mean nothing."""
+    numbers = tuple(map(float, values))
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a number is not finite")
+    return numbers

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from delf_milvus.service.problems import RefusedError
 
 _FIELD_BYTES = 256 * 1024
+_CHARSETS = frozenset({"", "utf-8", "utf8", "us-ascii", "iso-8859-1"})
 _RAW = ("image/", "application/octet-stream", "binary/octet-stream")
 
 
@@ -46,6 +48,11 @@ async def read_uploads(request: Request, most: int) -> Uploads:
             "unsupported_media_type",
             "Send a photo as the body (image/jpeg ...), or as the field `photo` of multipart/form-data.",
         )
+    # Decoders of Python's such as unicode_escape make text of it that is none.
+    _, options = parse_options_header(request.headers.get("content-type", ""))
+    charset = options.get(b"charset", b"").decode("latin-1").lower()
+    if charset not in _CHARSETS:
+        raise RefusedError(415, "unsupported_media_type", "Send the form in UTF-8.")
     # Starlette answers a damaged form with 400 by itself.
     form = await request.form(max_files=most + 1, max_fields=4 * most + 32, max_part_size=_FIELD_BYTES)
     try:

@@ -21,6 +21,10 @@ Filter = str | Mapping[str, Any]
 MAX_FILTER = 20_000
 """Longest filter, characters."""
 
+MAX_NESTING = 64
+"""Levels of parentheses, and signs or `not` in a row: databases read a filter by recursion."""
+
+_PREFIXES = frozenset({"not", "!", "-", "+"})
 _WORDS = frozenset({"and", "or", "not", "in", "like", "true", "false"})
 _OPERATORS = ("==", "!=", ">=", "<=", ">", "<", "in", "like")
 _TOKEN = re.compile(
@@ -67,6 +71,7 @@ def _checked(text: str, fields: Mapping[str, DeclaredField]) -> str:
     if len(text) > MAX_FILTER:
         raise UsageError(f"The filter has {len(text)} characters; at most {MAX_FILTER} are taken.")
     awaited: list[str] = []
+    prefixes = 0
     place = 0
     while place < len(text):
         token = _TOKEN.match(text, place)
@@ -79,6 +84,10 @@ def _checked(text: str, fields: Mapping[str, DeclaredField]) -> str:
             raise UsageError(f"The filter closes {content!r} at character {place + 1}, which was not opened.")
         elif kind == "word" and content.lower() not in _WORDS:
             _field(content, fields)
+        if kind != "space":
+            prefixes = prefixes + 1 if content.lower() in _PREFIXES else 0
+        if len(awaited) > MAX_NESTING or prefixes > MAX_NESTING:
+            raise UsageError(f"The filter is nested more than {MAX_NESTING} levels deep; write it flatter.")
         place = token.end()
     if awaited:
         raise UsageError(f"The filter ends before {awaited[-1]!r} closes what it opened.")

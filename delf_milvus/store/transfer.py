@@ -412,14 +412,14 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
                     raise _damaged(path, "its checksum differs")
             except OSError as error:
                 raise InputError(f"{one_line(path)} cannot be read: {error.strerror}; copy the export again.") from None
-            with _opened(path) as file:
+            with _opened(path) as file, _sound(path):
                 if not file.schema_arrow.equals(schema):
-                    raise _damaged(path, "it has other columns than this collection")
+                    raise ValueError("it has other columns than this collection")
                 sizes = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
                 if file.metadata.num_rows != one.rows:
-                    raise _damaged(path, f"it has {file.metadata.num_rows} rows, not {one.rows}")
+                    raise ValueError(f"it has {file.metadata.num_rows} rows, not {one.rows}")
                 if any(group.total_byte_size > _MOST_GROUP for group in sizes):
-                    raise _damaged(path, "a row group is too large")
+                    raise ValueError("a row group is too large")
                 groups.append(len(sizes))
         if len(set(groups)) > 1:
             raise _damaged(folder / part.images.file, "its row groups are not those of its features")
@@ -450,8 +450,9 @@ def _sound(path: Path) -> Iterator[None]:
     """Around reading rows: whatever they make fail says that the file is damaged."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, RecursionError, OSError, MemoryError, InputError) as error:
-        raise _damaged(path, one_line(error).rstrip(".")) from None
+    # Arrow and NumPy meet hostile bytes with nearly every exception there is.
+    except Exception as error:
+        raise _damaged(path, one_line(error).rstrip(".") or type(error).__name__) from None
 
 
 def _rows(columns: Columns, free: Sequence[str]) -> list[Row]:
@@ -538,13 +539,10 @@ def _same(stored: Row | None, row: Row, chunks: int) -> bool:
 
 
 def _opened(path: Path) -> Any:
-    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    try:
+    with _sound(path):
         return ParquetFile(path, thrift_string_size_limit=_FOOTER, thrift_container_size_limit=_FOOTER)
-    except (ArrowException, OSError) as error:
-        raise _damaged(path, str(error).splitlines()[0]) from None
 
 
 def _damaged(path: Path, reason: str) -> InputError:

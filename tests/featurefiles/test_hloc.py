@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from featurefiles.samples import local_features, same, some_features
-from hypothesis import given
+from hypothesis import given, settings
 
 from delf_milvus.errors import InputError, NotFoundError
 from delf_milvus.featurefiles import hloc
@@ -17,6 +17,7 @@ from delf_milvus.featurefiles.arrays import LocalFeatures
 h5py = pytest.importorskip("h5py", reason="needs the extra hloc")
 
 
+@settings(deadline=None)
 @given(found=some_features)
 def test_a_written_photo_comes_back(found: LocalFeatures, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("hloc") / "features.h5"
