@@ -1,7 +1,7 @@
 """Every setting, one nested model a stage, with its unit and the reason for its default.
 
 Values come from, in falling order: arguments (command-line flags), environment (`DELF_MILVUS_SEARCH__TOP=5`), `.env`,
-a TOML file, the defaults here.
+a TOML file, the defaults here. A secret may lie in a file that the environment names: `DELF_MILVUS_TOKEN_FILE`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from pydantic_settings import (
 from delf_milvus.errors import UsageError
 
 DEFAULT_CONFIG = "delf_milvus.toml"
+
+_PREFIX = "DELF_MILVUS_"
+_MOST_SECRET = 65_536
 
 Preset = Literal["fast", "standard", "paper"]
 
@@ -399,7 +402,7 @@ class Settings(BaseSettings):
     """All settings. The constructor reads arguments and defaults alone; `load` reads every source."""
 
     model_config = SettingsConfigDict(
-        env_prefix="DELF_MILVUS_", env_nested_delimiter="__", env_file=".env", extra="forbid", frozen=True
+        env_prefix=_PREFIX, env_nested_delimiter="__", env_file=".env", extra="forbid", frozen=True
     )
 
     uri: str = Field(
@@ -450,7 +453,8 @@ class LoadedSettings:
     def rows(self) -> list[tuple[str, Any, str]]:
         """(name, value, source) of every setting; secrets masked."""
         values = _leaves(self.settings.model_dump(mode="json"))
-        values["uri"] = re.sub(r"//[^/@]*@", "//**********@", values["uri"])
+        # To the last @: a password may have others, and slashes.
+        values["uri"] = re.sub(r"//.*@", "//**********@", values["uri"], flags=re.DOTALL)
         return [(name, value, self.sources.get(name, "default")) for name, value in values.items()]
 
 
@@ -472,7 +476,13 @@ def load(flags: dict[str, Any] | None = None, config: Path | None = None) -> Loa
         # A project's .env holds other programs' variables too: only ours count.
         dotenv = DotEnvSettingsSource(Settings)()
         layers.append((".env", {name: value for name, value in dotenv.items() if name in Settings.model_fields}))
-        layers.append(("environment", EnvSettingsSource(Settings)()))
+        environment = EnvSettingsSource(Settings)
+        files = {name: f"{_PREFIX}{name.replace('.', '__')}_FILE".lower() for name in _secrets(Settings)}
+        named = {name: path for name, file in files.items() if (path := environment.env_vars.get(file))}
+        # No setting is called so; as values of a stage they would be unknown ones.
+        environment.env_vars = {name: v for name, v in environment.env_vars.items() if name not in files.values()}
+        layers.append(("file named in the environment", _read_secrets(named)))
+        layers.append(("environment", environment()))
     except RecursionError:
         raise UsageError("The settings cannot be read: one of them is nested too deeply.") from None
     except (SettingsError, ValueError, OSError) as error:
@@ -494,6 +504,33 @@ def load(flags: dict[str, Any] | None = None, config: Path | None = None) -> Loa
         source = next(related, "default")
         problem = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
         raise UsageError(f"Setting {name} (from {source}): {problem}.") from error
+
+
+def _secrets(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of the settings that are secret."""
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        if field.annotation is SecretStr:
+            found.append(prefix + name)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _secrets(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def _read_secrets(paths: dict[str, str]) -> dict[str, Any]:
+    """Secrets out of files, nested, without the line break at their end. Raises UsageError."""
+    values: dict[str, Any] = {}
+    for name, path in paths.items():
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read(_MOST_SECRET + 1)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+            raise UsageError(f"The secret {name} cannot be read from {path}: {reason}.") from None
+        if len(text) > _MOST_SECRET:
+            raise UsageError(f"The secret {name} cannot be read from {path}: it has more than {_MOST_SECRET:,} bytes.")
+        _put(values, name, text.removesuffix("\n").removesuffix("\r"))
+    return values
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

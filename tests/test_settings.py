@@ -104,3 +104,51 @@ def test_single_extract_fields_override_their_preset() -> None:
     plan = ExtractSettings(preset="paper", stored_features=300).plan
     assert plan.stored_features == 300
     assert plan.scales == PRESETS["paper"].scales
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "[" + ".".join(["a"] * 3000) + "]"])
+def test_a_file_that_is_nested_too_deeply_is_one_sentence(empty_folder: Path, text: str) -> None:
+    (empty_folder / "bad.toml").write_text(text)
+    with pytest.raises(UsageError, match="nested too deeply"):
+        load(config=empty_folder / "bad.toml")
+
+
+def test_an_environment_that_is_nested_too_deeply_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELF_MILVUS_STORE", "[" * 100_000)
+    with pytest.raises(UsageError, match="nested too deeply"):
+        load()
+
+
+def test_secrets_come_from_files_that_the_environment_names(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty_folder / "token").write_text("from a file\n")
+    (empty_folder / "keys").write_text("one, two \n\n")
+    monkeypatch.setenv("DELF_MILVUS_TOKEN_FILE", "token")
+    monkeypatch.setenv("DELF_MILVUS_SERVICE__READ_KEYS_FILE", str(empty_folder / "keys"))
+    monkeypatch.setenv("DELF_MILVUS_STORE__PASSWORD_FILE", "")
+    loaded = load()
+    assert loaded.settings.token.get_secret_value() == "from a file"
+    assert loaded.settings.service.read_keys.get_secret_value() == "one, two \n"
+    assert loaded.settings.store.password.get_secret_value() == ""
+    assert loaded.sources["token"] == "file named in the environment"
+    monkeypatch.setenv("DELF_MILVUS_TOKEN", "from the environment")
+    assert load().settings.token.get_secret_value() == "from the environment"
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"x" * 70_000])
+def test_a_file_of_a_secret_that_cannot_be_read_is_one_sentence_without_it(
+    content: bytes | None, empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (empty_folder / "token").write_bytes(content)
+    monkeypatch.setenv("DELF_MILVUS_TOKEN_FILE", "token")
+    with pytest.raises(UsageError, match="The secret token cannot be read from token: ") as caught:
+        load()
+    assert "xxx" not in str(caught.value)
+
+
+def test_only_secrets_come_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELF_MILVUS_SEARCH__TOP_FILE", "x")
+    with pytest.raises(UsageError, match="no such setting"):
+        load()

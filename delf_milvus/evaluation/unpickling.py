@@ -52,7 +52,8 @@ class _Plain(pickle._Unpickler):
         self.append(_Dict(zip(map(_hashable, items[::2]), items[1::2], strict=True)))
 
     def load_frozenset(self) -> None:
-        self.append(frozenset(map(_hashable, self.pop_mark())))
+        items = self.pop_mark()
+        self.append(frozenset(map(_hashable, items)))
 
     def load_additems(self) -> None:
         items = self.pop_mark()

@@ -360,7 +360,7 @@ def _checked(client: MilvusClient, where: str, timeout: float, retry_seconds: fl
 
 def shown(uri: str) -> str:
     """The uri as it may be printed: without user, password, token or query."""
-    return re.sub(r"//[^/]*@", "//", uri).partition("?")[0] if is_server(uri) else uri
+    return re.sub(r"//.*@", "//", uri, flags=re.DOTALL).partition("?")[0] if is_server(uri) else uri
 
 
 @contextmanager

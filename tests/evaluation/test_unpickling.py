@@ -117,3 +117,32 @@ def test_what_is_no_pickle_is_a_value_error(data: bytes) -> None:
 def test_any_bytes_are_data_or_a_value_error(data: bytes) -> None:
     with contextlib.suppress(ValueError):
         plain_pickle(b"\x80\x04" + data)
+
+
+def test_what_is_shared_is_walked_through_once() -> None:
+    deep: Any = [1]
+    for _ in range(200):
+        deep = [deep, deep]
+    found = plain_pickle(pickle.dumps(deep))
+    assert found[0] is found[1]
+
+
+@pytest.mark.parametrize("container", [lambda key: {key: 1}, lambda key: {key}, lambda key: frozenset({key})])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_keys_whose_hash_could_take_for_ever_are_refused(container: Any, protocol: int) -> None:
+    with pytest.raises(ForbiddenError, match="a key of type tuple"):
+        plain_pickle(pickle.dumps(container((1, 2)), protocol))
+
+
+def test_a_key_that_doubles_itself_is_refused_before_it_is_hashed() -> None:
+    # A tuple of the one before, twice, two hundred times over, as a key of a dict: its hash has no end.
+    program = b"\x80\x04}K\x01" + b"2\x86" * 200 + b"K\x01s."
+    with pytest.raises(ForbiddenError, match="a key of type tuple"):
+        plain_pickle(program)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("shape", [(10**9, 0), (0, 10**9), (10**6, 10**6, 0)])
+def test_an_array_of_nothing_takes_no_memory(shape: tuple[int, ...], protocol: int) -> None:
+    with pytest.raises(ValueError, match="no whole pickle"):
+        plain_pickle(pickle.dumps(np.empty(shape), protocol))

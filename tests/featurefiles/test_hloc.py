@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from featurefiles.samples import local_features, same, some_features
 from hypothesis import given, settings
 
 from delf_milvus.errors import InputError, NotFoundError
-from delf_milvus.featurefiles import hloc
+from delf_milvus.featurefiles import hloc, reading
 from delf_milvus.featurefiles.arrays import LocalFeatures
 
 h5py = pytest.importorskip("h5py", reason="needs the extra hloc")
@@ -141,3 +142,48 @@ def test_an_extractor_that_is_no_text_is_refused(tmp_path: Path) -> None:
             file.attrs["extractor"] = value
         with pytest.raises(InputError, match="extractor is not a text"):
             hloc.read(tmp_path / "f.h5", "a")
+
+
+def endless(path: Path) -> Path:
+    """A file in whose heap of texts a piece has no length: HDF5 2.0 reads it for ever."""
+    hloc.write(path, "a", local_features(0, 3, 4, extractor="superpoint-v1"))
+    data = bytearray(path.read_bytes())
+    heap = data.index(b"GCOL")
+    # The first piece of the heap: number, references, reserved, then its length.
+    assert data[heap + 32 : heap + 45] == b"superpoint-v1"
+    data[heap + 16 : heap + 18] = (7).to_bytes(2, "little")
+    data[heap + 24 : heap + 32] = bytes(8)
+    data[heap + 32 :] = bytes(len(data) - heap - 32)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_file_that_the_library_does_not_read_to_an_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hloc.write(tmp_path / "good.h5", "a", local_features(0, 3, 4))
+    assert hloc.names(tmp_path / "good.h5") == ["a"]
+    monkeypatch.setattr(reading, "SECONDS", 3.0)
+    with pytest.raises(InputError, match="damaged"):
+        hloc.read(endless(tmp_path / "bad.h5"), "a")
+    monkeypatch.setattr(reading, "SECONDS", 60.0)
+    assert len(hloc.read(tmp_path / "good.h5", "a").keypoints) == 3
+
+
+def test_a_crash_of_the_library_is_a_damaged_file_and_the_next_is_read(tmp_path: Path) -> None:
+    hloc.write(tmp_path / "f.h5", "a", local_features(0, 3, 4))
+    assert hloc.names(tmp_path / "f.h5") == ["a"]
+    assert reading._reader is not None
+    reading._reader._process.kill()
+    reading._reader._process.wait()
+    with pytest.raises(InputError, match="crashed"):
+        hloc.names(tmp_path / "f.h5")
+    assert hloc.names(tmp_path / "f.h5") == ["a"]
+
+
+def test_many_threads_ask_the_one_process(tmp_path: Path) -> None:
+    for number in range(8):
+        hloc.write(tmp_path / "f.h5", f"{number}.jpg", local_features(number, number + 1, 4))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: hloc.read(tmp_path / "f.h5", f"{number % 8}.jpg"), range(40)))
+    assert [len(one.keypoints) for one in found] == [number % 8 + 1 for number in range(40)]

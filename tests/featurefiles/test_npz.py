@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import make_photo
 from featurefiles.samples import local_features, same, sift, some_features
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delf_milvus.errors import InputError
@@ -27,6 +27,7 @@ def archived(**arrays: Any) -> bytes:
     return stream.getvalue()
 
 
+@settings(deadline=None)
 @given(found=some_features)
 def test_a_written_file_comes_back(found: LocalFeatures, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("npz") / "a.npz"
@@ -34,6 +35,7 @@ def test_a_written_file_comes_back(found: LocalFeatures, tmp_path_factory: pytes
     assert same(npz.read(path), found)
 
 
+@settings(deadline=None)
 @given(st.sampled_from([np.float16, np.float32, np.float64, np.uint8, np.int32]), st.booleans(), st.booleans())
 def test_any_kind_of_number_and_order_is_read(kind: Any, compressed: bool, fortran: bool) -> None:
     keypoints, descriptors = np.arange(12).reshape(6, 2).astype(kind), np.arange(1, 25).reshape(6, 4).astype(kind)
@@ -127,15 +129,17 @@ def test_a_small_archive_of_a_huge_array_is_refused_before_it_is_unpacked() -> N
     # Both orders of the arrays meet a refusal; the large one must be told by its size.
     data = stream.getvalue()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, pytest.raises(InputError, match="more than 268,435,456"):
-        npz._array(archive, "descriptors", "a file")
+        npz.array(archive, "descriptors", "a file")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_no_bytes_are_answered_with_anything_but_our_error(data: bytes) -> None:
     with pytest.raises(InputError):
         npz.parse(data, "a file")
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_damaged_bytes_raise_nothing_but_our_error(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -151,3 +155,32 @@ def test_what_is_there_stays_until_the_new_file_is_whole(tmp_path: Path) -> None
     npz.write(tmp_path / "a.npz", local_features(1, 3, 4))
     assert same(npz.read(tmp_path / "a.npz"), local_features(1, 3, 4))
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '''",
+        "{'descr': (), 'fortran_order': False, 'shape': (1,)}",
+        "{'descr': [()], 'fortran_order': False, 'shape': (1,)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (True, -1)}",
+        "-" * 9000 + "1",
+        "[" * 9000,
+        "\x00",
+    ],
+)
+def test_headers_that_trip_pythons_own_parser_are_refused(header: str) -> None:
+    array = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("keypoints.npy", array)
+        archive.writestr("descriptors.npy", array)
+    with pytest.raises(InputError, match="cannot be used as a feature file"):
+        npz.parse(stream.getvalue(), "a file")
+
+
+def test_an_extractor_that_is_nested_too_deeply_is_refused() -> None:
+    stream = io.BytesIO()
+    np.savez(stream, keypoints=np.zeros((1, 2)), descriptors=np.ones((1, 4)), extractor='{"a":' + "[" * 4000)
+    with pytest.raises(ValueError, match="not a model fingerprint"):
+        assert npz.parse(stream.getvalue(), "a file").fingerprint

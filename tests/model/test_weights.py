@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,3 +162,64 @@ def test_published_imagenet_weights_are_a_trunk_without_attention(shared: Path) 
     assert (spec.selection, spec.attention_channels) == ("norm", 0)
     for name, tensor in weights.initial_trunk(path).state_dict().items():
         torch.testing.assert_close(tensors[f"trunk.{name}"], tensor)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dim": 10**12},
+        {"dim": "16"},
+        {"dim": -1},
+        {"dim": True},
+        {"attention_channels": 10**9},
+        {"global_dim": 1.5},
+        {"selection": "all"},
+        {"trunk": {"widths": [8, 8, 10**7]}},
+        {"trunk": {"widths": [8, 8, 16, 16]}},
+        {"trunk": {"units": "abc"}},
+        {"trunk": {"units": [1, 1, 10**6]}},
+        {"trunk": {"strides": [0, 0, 0]}},
+        {"trunk": {"std": [0.0, 1.0, 1.0]}},
+        {"trunk": {"mean": [float("nan")] * 3}},
+        {"trunk": {"epsilon": -1}},
+        {"trunk": {"layout": "v9"}},
+        {"trunk": []},
+    ],
+)
+def test_a_file_that_declares_an_impossible_network_is_refused_before_it_is_built(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = json.loads(json.dumps(asdict(TINY)))
+    trunk = changes.get("trunk", {})
+    spec |= {**changes, "trunk": {**spec["trunk"], **trunk} if isinstance(trunk, dict) else trunk}
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"delf_milvus": json.dumps({"spec": spec, "notes": {}})})
+    for read in (weights.load, weights.initial_trunk):
+        with pytest.raises(ModelError, match="not a delf-milvus weight file"):
+            read(path)
+
+
+def test_a_network_without_its_tensors_takes_no_memory(tmp_path: Path) -> None:
+    spec = replace(TINY, trunk=replace(TINY.trunk, units=(30, 30, 30), widths=(8192, 8192, 8192)))
+    path = tmp_path / "model.safetensors"
+    weights.save(path, {"a": torch.zeros(1)}, spec)
+    for read in (weights.load, weights.initial_trunk):
+        # Half a terabyte, if it were built.
+        with pytest.raises(ModelError, match="does not hold the tensors"):
+            read(path)
+
+
+def test_a_header_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"delf_milvus": "[" * 100_000})
+    with pytest.raises(ModelError, match="not a delf-milvus weight file"):
+        weights.load(path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    state = dict(tiny_network().state_dict())
+    state["reduction.mean"] = torch.full_like(state["reduction.mean"], float("nan"))
+    path = tmp_path / "model.safetensors"
+    weights.save(path, state, TINY)
+    with pytest.raises(ModelError, match=r"reduction\.mean holds values that are not finite"):
+        weights.load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delf_milvus.errors import ModelError
+from delf_milvus.model.spec import BUNDLED
 from delf_milvus.retrieval.confidence import Calibration, Survival, chance_levels, fit_scorer, with_levels
 from delf_milvus.retrieval.evidence import NAMES
 
@@ -171,3 +173,34 @@ def test_no_inliers_are_no_confidence(calibration: Calibration) -> None:
     for assessed in (calibration.assess(nothing), calibration.assess_pairs(nothing)):
         assert assessed.confidence.tolist() == [0, 0]
         assert assessed.false_alarm.tolist() == [1, 1]
+
+
+def changed_calibration(*path: str, value: object) -> str:
+    """The bundled calibration with another value at a place."""
+    values = json.loads(BUNDLED.with_name("delf_resnet50v2.calibration.json").read_text())
+    place = values
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[]",
+        changed_calibration("chance", value=[[10**400] * 3] * 2),
+        changed_calibration("chance", value=[[float("nan")] * 3] * 2),
+        changed_calibration("answers", "weights", value=[float("inf")] * (len(NAMES) + 2)),
+        changed_calibration("answers", "slope", value=float("nan")),
+        changed_calibration("answers", "slope", value=-1.0),
+        changed_calibration("pairs", "unrelated", "quantiles", value=[]),
+        changed_calibration("pairs", "unrelated", "quantiles", value=[3.0, 2.0, 1.0]),
+        changed_calibration("pairs", "unrelated", "tail", value=0),
+    ],
+)
+def test_a_calibration_that_would_mean_nothing_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "calibration.json").write_text(text)
+    with pytest.raises(ModelError, match="is not a calibration"):
+        Calibration.read(tmp_path / "calibration.json")

@@ -102,6 +102,8 @@ def test_mappings_that_do_not_fit_are_usage_errors(wanted: dict[str, object], pr
         'tenant like "a)(%"',
         "year % 2 == 0 && price < -1.5e3",
         r'tenant == "a\"b"',
+        "(" * 64 + "year > 1" + ")" * 64,
+        " or ".join(["not (year == -1)"] * 500),
     ],
 )
 def test_whole_expressions_over_declared_fields_are_taken_as_they_are(text: str) -> None:
@@ -121,6 +123,9 @@ def test_whole_expressions_over_declared_fields_are_taken_as_they_are(text: str)
         ("year == 1; drop", "cannot be read"),
         ("year > 1 # tenant", "cannot be read"),
         ("year > " + "1" * 30_000, "20000"),
+        ("(" * 65 + "year > 1" + ")" * 65, "nested more than 64"),
+        ("not " * 65 + "sold", "nested more than 64"),
+        ("year > " + "- + " * 33 + "1", "nested more than 64"),
     ],
 )
 def test_text_that_is_no_whole_expression_is_refused(text: str, problem: str) -> None:
