@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format schemas licences clean
+.PHONY: demo test check audit format schemas licences clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py --out demo
@@ -20,6 +20,12 @@ check: $(VENV)/installed-check
 	$(BIN)/yamllint --strict --config-file deploy/yamllint.yaml deploy
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/standalone/compose.yaml deploy/service/compose.yaml
 	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml delf_milvus
+
+# Known weaknesses of what is installed. It asks the advisory service of PyPI, so that it is no part of `check`: what was
+# published since yesterday is no fault of a change, and a machine without that service could pass none.
+audit: $(VENV)/installed-check
+	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
 format: $(VENV)/installed-check
 	$(BIN)/ruff format .

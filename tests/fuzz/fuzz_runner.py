@@ -18,7 +18,7 @@ from typing import Any
 
 CHILD = Path(__file__).with_name("fuzz_child.py")
 
-_START_SECONDS = 120.0
+_START_SECONDS = 300.0
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,6 @@ def _feature_files(suffix: str) -> Callable[[Path], tuple[list[bytes], Reader]]:
         from delf_milvus.featurefiles import delf, hloc, npz, reading
         from delf_milvus.featurefiles.formats import read_with_digest
 
-        # The HDF5 library loops without end on some of what follows, which is not ours to find.
-        reading.SECONDS = 5.0
         path = folder / f"features{suffix}"
         seeds = []
         for seed, optional in enumerate((True, False)):
@@ -112,7 +110,10 @@ def _feature_files(suffix: str) -> Callable[[Path], tuple[list[bytes], Reader]]:
         def read(data: bytes) -> object:
             path.write_bytes(data)
             names = hloc.names(path)[:5] if suffix == ".h5" else [""]
-            return [read_with_digest(path, name)[0].features(100, "a file") for name in names]
+            found = [read_with_digest(path, name)[0].features(100, "a file") for name in names]
+            # Once its process runs: on some of what follows the HDF5 library loops without end.
+            reading.SECONDS = 5.0
+            return found
 
         return seeds, read
 

@@ -126,6 +126,61 @@ def test_what_the_server_refuses_is_one_sentence_without_a_secret(
     assert caught.value.exit_code == 3
 
 
+# Beside what every user has by the role `public`; examples/guides/security.md lists them.
+SEARCHES = ("Load", "Query", "Search")
+INGESTS = (*SEARCHES, "Insert", "Upsert", "Delete", "Flush", "GetFlushState")
+OPERATES = (*INGESTS, "CreateIndex", "DropIndex", "Release", "Compaction", "GetStatistics")
+
+
+def as_role(guarded: Guarded, name: str, privileges: tuple[str, ...]) -> FeatureStore:
+    """The store, opened by a user whose role has these privileges on collections, and no other."""
+    root = guarded.client(db_name="photos")
+    root.create_role(name)
+    root.create_user(f"{name}_user", SECRET)
+    root.grant_role(f"{name}_user", name)
+    for privilege in privileges:
+        root.grant_privilege(name, "Collection", privilege, "*", db_name="photos")
+    root.close()
+    settings = guarded.settings(db_name="photos", user=f"{name}_user", password=SECRET)
+    return opened(guarded.uri, settings, create=False)
+
+
+def looked_at(store: FeatureStore) -> None:
+    """What a search and a listing ask for."""
+    record, features = random_items(1, 1, 10)[0]
+    assert store.count_images() >= 3
+    assert record.image_id in [one.image_id for one in store.list()]
+    assert record.key in store.neighbours(features.descriptors, 5)[0] >> 12
+    assert record.key in store.similar(features.global_descriptor, 3)[0]
+    assert store.stored([record.key])
+    store.status()
+
+
+@pytest.mark.server
+def test_the_documented_rights_are_enough_and_whoever_searches_cannot_write(guarded: Guarded) -> None:
+    items = random_items(1, 3, 10)
+    with opened(guarded.uri, guarded.settings(db_name="photos")) as store:
+        store.write(items)
+        store.ensure_index()
+    with as_role(guarded, "searches", SEARCHES) as store:
+        looked_at(store)
+        for forbidden in (lambda: store.write(items), lambda: store.delete([items[0][0].image_id]), store.compact):
+            with pytest.raises(DatabaseError, match=r"needs the privilege \w+; ask who runs it\.$") as caught:
+                forbidden()
+            assert SECRET not in str(caught.value)
+        looked_at(store)
+    with as_role(guarded, "ingests", INGESTS) as store:
+        store.write(random_items(2, 2, 10, "more"))
+        store.ensure_index()
+        store.delete([record.image_id for record, _ in random_items(2, 2, 10, "more")])
+        looked_at(store)
+    with as_role(guarded, "operates", OPERATES) as store:
+        assert not store.fsck().findings
+        store.compact()
+        store.build_index("IVF_SQ8")
+        looked_at(store)
+
+
 @pytest.mark.server
 def test_plain_http_to_a_server_with_tls_says_what_may_be_wrong(guarded: Guarded) -> None:
     with pytest.raises(DatabaseError, match="not waiting for https://"):
