@@ -139,7 +139,8 @@ def as_role(guarded: Guarded, name: str, privileges: tuple[str, ...]) -> Feature
     root.create_user(f"{name}_user", SECRET)
     root.grant_role(f"{name}_user", name)
     for privilege in privileges:
-        root.grant_privilege(name, "Collection", privilege, "*", db_name="photos")
+        for collection in ("delf_features", "delf_images"):
+            root.grant_privilege(name, "Collection", privilege, collection, db_name="photos")
     root.close()
     settings = guarded.settings(db_name="photos", user=f"{name}_user", password=SECRET)
     return opened(guarded.uri, settings, create=False)
