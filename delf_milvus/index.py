@@ -25,7 +25,8 @@ from delf_milvus.imaging.decode import Source, source_digest
 from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
 from delf_milvus.ingestion.precomputed import gone_features, ingest_features, maker_of, scan_features
 from delf_milvus.ingestion.reindex import ReindexReport, reindex
-from delf_milvus.ingestion.scan import read_listing, scan
+from delf_milvus.ingestion.scan import Scan, read_listing, scan
+from delf_milvus.ingestion.shard import Shard
 from delf_milvus.matcher import PairResult, PhotoMatcher
 from delf_milvus.reporting.pictures import save_hits
 from delf_milvus.reporting.search_page import SearchPage
@@ -153,22 +154,27 @@ class DelfIndex:
         ids_from: str | Path | None = None,
         prune: bool = False,
         dry_run: bool = False,
+        shard: tuple[int, int] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> IngestReport:
         """Store the photos of folders; an image's id is `id_prefix` and its POSIX path relative to its folder.
 
         Stored photos with the same content and model are left alone. ids_from: a CSV or JSONL file with `path`,
         optional `id` and metadata; only its photos are ingested. prune: remove images of these folders whose file is
-        gone. A photo that fails is listed in the report and stops nothing else.
+        gone. A photo that fails is listed in the report and stops nothing else. shard: (i, n) takes, and prunes, part i
+        of n alone, counted from 0, by the images' keys; n such calls, in any processes, store what one without it
+        does, but leave the index of the descriptors as it is: when all have ended, call `build_index` once.
 
-        Raises InputError for a path that does not exist, UsageError for two photos with one id, DatabaseError.
+        Raises InputError for a path that does not exist, UsageError for two photos with one id or a shard that there
+        is none, DatabaseError.
         """
         self._check_own()
         listing = None if ids_from is None else read_listing(Path(ids_from))
         roots = [Path(path) for path in paths]
+        part = None if shard is None else Shard(*shard)
         scanned = scan(roots, id_prefix=id_prefix, follow_links=self.settings.ingest.follow_links, listing=listing)
         report = ingest_photos(
-            scanned,
+            self._part(scanned, part),
             self._store,
             lambda: self._matcher.extractor,
             self._matcher.fingerprint,
@@ -177,7 +183,7 @@ class DelfIndex:
             progress=progress,
         )
         missing = partial(gone, self._store, scanned.roots, report.failures)
-        return self._ingested(report, missing if prune else None, dry_run)
+        return self._ingested(report, missing if prune else None, dry_run, part)
 
     def ingest_features(
         self,
@@ -188,6 +194,7 @@ class DelfIndex:
         ids_from: str | Path | None = None,
         prune: bool = False,
         dry_run: bool = False,
+        shard: tuple[int, int] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> IngestReport:
         """Store features that were made elsewhere, from `.npz`, `.delf` and `.h5` files and from folders of them.
@@ -202,6 +209,7 @@ class DelfIndex:
         """
         listing = None if ids_from is None else read_listing(Path(ids_from))
         roots = [Path(path) for path in paths]
+        part = None if shard is None else Shard(*shard)
         scanned = scan_features(
             roots, id_prefix=id_prefix, follow_links=self.settings.ingest.follow_links, listing=listing
         )
@@ -210,19 +218,30 @@ class DelfIndex:
             raise InputError("None of these feature files can be read; `--features` takes .npz, .delf and .h5 files.")
         self._store.expect(made_by)
         report = ingest_features(
-            scanned, self._store, made_by, self.settings, name=name, dry_run=dry_run, progress=progress
+            self._part(scanned, part),
+            self._store,
+            made_by,
+            self.settings,
+            name=name,
+            dry_run=dry_run,
+            progress=progress,
         )
         missing = partial(gone_features, self._store, scanned, report.failures)
-        return self._ingested(report, missing if prune else None, dry_run)
+        return self._ingested(report, missing if prune else None, dry_run, part)
+
+    def _part(self, scanned: Scan, shard: Shard | None) -> Scan:
+        return scanned if shard is None else shard.of(scanned, self.settings.store.tenant)
 
     def _ingested(
-        self, report: IngestReport, missing: Callable[[], Sequence[str]] | None, dry_run: bool
+        self, report: IngestReport, missing: Callable[[], Sequence[str]] | None, dry_run: bool, shard: Shard | None
     ) -> IngestReport:
         """The end of every ingest: remove what `missing` finds, where that is asked for, and build the index."""
         if missing is not None and not report.interrupted and not report.stopped:
-            ids = missing()
+            tenant = self.settings.store.tenant
+            ids = [one for one in missing() if shard is None or shard.takes(one, tenant)]
             report.removed = len(ids) if dry_run else len(self._store.delete(ids))
-        if not dry_run:
+        # Exchanging an index releases the features, which other shards still read and write.
+        if not dry_run and shard is None:
             self._store.ensure_index()
             self._added = False
         return report

@@ -40,10 +40,15 @@ def extract(
         str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: standard")
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Features of a photo at most. Default: the preset's")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Take part I of N alone, counted from 0, as one of a job array."),
+    ] = None,
 ) -> None:
     """Write the features of photos into files, for other pipelines or for `ingest --features`, and pictures of them.
 
-    What is there already is left alone; photos that fail are listed, and the exit code is 1.
+    What is there already is left alone; photos that fail are listed, and the exit code is 1. Shards may share their
+    folders: for hloc each writes a file of its own, features.I-of-N.h5.
 
     Example: delf-milvus extract photos/ --out features/ --format hloc
 
@@ -52,21 +57,26 @@ def extract(
     from delf_milvus.featurefiles.folder import FeatureFolder
     from delf_milvus.ingestion.extraction import AttentionPictures, extract_photos
     from delf_milvus.ingestion.scan import scan
+    from delf_milvus.ingestion.shard import Shard
     from delf_milvus.matcher import PhotoMatcher
 
     if out is None and show is None:
         raise UsageError("Say what to write: --out DIR for feature files, --show DIR for pictures, or both.")
+    part = None if shard is None else Shard.parse(shard)
     state = state_of(context)
     stages: Stages = {"extract": {"preset": preset, "stored_features": count}}
     matcher = PhotoMatcher(state.load(stages).settings)
-    folder = None if out is None else FeatureFolder(out, _format(format), matcher.fingerprint)
+    writer = "" if part is None else f"{part.number}-of-{part.count}"
+    folder = None if out is None else FeatureFolder(out, _format(format), matcher.fingerprint, writer)
     pictures = None if show is None else AttentionPictures(show)
     scanned = scan(paths, id_prefix=id_prefix, follow_links=matcher.settings.ingest.follow_links)
+    if part is not None:
+        scanned = part.of(scanned)
     with Bar(show_progress(state.quiet, state.json), "extract") as bar:
         report = extract_photos(
             scanned, folder, lambda: matcher.extractor, matcher.settings, pictures=pictures, progress=bar.update
         )
-    _tell(report, state.json)
+    _tell(report, state.json, shard)
     if report.interrupted:
         say("Interrupted: what was written stays; run the same command again to go on.")
         raise typer.Exit(130)
@@ -83,13 +93,14 @@ def _format(name: str) -> Format:
     raise UsageError(f"--format is one of {', '.join(SUFFIX_OF)}, not {name!r}.")
 
 
-def _tell(report: ExtractReport, json: bool) -> None:
+def _tell(report: ExtractReport, json: bool, shard: str | None) -> None:
     for failure in report.failures:
         say(f"failed: {one_line(failure.error)}")
     if json:
         data_json(report.to_dict())
     else:
+        others = "" if shard is None else f"; {report.others} of other shards"
         data_line(
             f"{report.extracted} extracted, {report.skipped} there already, {len(report.failures)} failed; "
-            f"{report.features} features in {report.seconds:.1f} s"
+            f"{report.features} features in {report.seconds:.1f} s{others}"
         )

@@ -48,15 +48,25 @@ def ingest(
     features_name: Annotated[
         str | None, typer.Option(help="Who made those features, where the files do not say: superpoint-v1.")
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Take part I of N alone, counted from 0, as one of a job array; when all have ended, run index build.",
+        ),
+    ] = None,
 ) -> None:
     """Store the photos of folders; what is stored already and unchanged is left alone.
 
     Example: delf-milvus ingest photos/ --prune
 
+    Example: delf-milvus ingest photos/ --shard 0/8
+
     Example: delf-milvus --collection superpoint ingest --features feats.h5 --features-name superpoint-v1
     """
     if features_name is not None and not features:
         raise UsageError("--features-name says who made feature files: give --features too.")
+    part = None if shard is None else read_shard(shard)
     state = state_of(context)
     stages: Stages = {
         "ingest": {"on_error": on_error},
@@ -68,16 +78,27 @@ def ingest(
         Bar(show_progress(state.quiet, state.json), "ingest") as bar,
     ):
         options: dict[str, Any] = {"id_prefix": id_prefix, "ids_from": ids_from, "prune": prune, "dry_run": dry_run}
+        options["shard"] = part
         if features:
             report = index.ingest_features(paths, features_name or "", **options, progress=bar.update)
         else:
             report = index.ingest(paths, **options, progress=bar.update)
-    _tell(report, state.json, state.quiet, dry_run)
+    _tell(report, state.json, state.quiet, dry_run, shard)
+    if shard is not None and not state.quiet and not dry_run:
+        say(f"The index is left as it is: when every shard beside {shard} has ended, run `delf-milvus index build`.")
     if report.interrupted:
         say("Interrupted: what was stored stays; run the same command again to go on.")
         raise typer.Exit(130)
     if report.failures:
         raise typer.Exit(1)
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """The option --shard I/N; raises UsageError."""
+    from delf_milvus.ingestion.shard import Shard
+
+    shard = Shard.parse(text)
+    return shard.number, shard.count
 
 
 def _declarations(fields: list[str]) -> dict[str, str]:
@@ -90,7 +111,7 @@ def _declarations(fields: list[str]) -> dict[str, str]:
     return declarations
 
 
-def _tell(report: IngestReport, json: bool, quiet: bool, dry_run: bool) -> None:
+def _tell(report: IngestReport, json: bool, quiet: bool, dry_run: bool, shard: str | None) -> None:
     for failure in report.failures:
         say(f"failed: {one_line(failure.error)}")
     if not quiet:
@@ -100,8 +121,9 @@ def _tell(report: IngestReport, json: bool, quiet: bool, dry_run: bool) -> None:
         data_json(report.to_dict())
         return
     would = "would be " if dry_run else ""
+    others = "" if shard is None else f"; {report.others} of other shards"
     data_line(
         f"{report.added} {would}added, {report.updated} {would}updated, {report.unchanged} unchanged, "
         f"{report.removed} {would}removed, {report.failed} failed; "
-        f"{report.features} features in {report.seconds:.1f} s"
+        f"{report.features} features in {report.seconds:.1f} s{others}"
     )

@@ -18,16 +18,19 @@ class FeatureFolder:
     """Writes the features of photos by their ids: `id.npz` or `id.delf` in a folder, or groups of one `.h5` file.
 
     out: the folder; for hloc also the file itself, which is `features.h5` in a folder. fingerprint: of the model, which
-    is kept in the files (not in `.delf`, which has no place for it).
+    is kept in the files (not in `.delf`, which has no place for it). writer: which of several at a time this is;
+    an `.h5` file has one, so each gets its own, `features.WRITER.h5`.
     """
 
-    def __init__(self, out: Path, format: Format, fingerprint: Fingerprint) -> None:
+    def __init__(self, out: Path, format: Format, fingerprint: Fingerprint, writer: str = "") -> None:
         self._format = format
         self._extractor = fingerprint.to_json()
         self._stride = fingerprint.stride
         self._out = out
         if format == "hloc" and out.suffix.lower() not in MANY:
             self._out = out / f"features{SUFFIX_OF[format]}"
+        if format == "hloc" and writer:
+            self._out = self._out.with_suffix(f".{writer}{self._out.suffix}")
         self._names: set[str] | None = None
 
     def path_of(self, image_id: str) -> Path:

@@ -32,11 +32,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ExtractReport:
-    """What an extraction did; the fields of `--json`. skipped: photos whose features were there already. interrupted:
-    ended by Ctrl-C."""
+    """What an extraction did; the fields of `--json`. skipped: photos whose features were there already. others: photos
+    that belong to other shards. interrupted: ended by Ctrl-C."""
 
     extracted: int = 0
     skipped: int = 0
+    others: int = 0
     failures: list[Failure] = field(default_factory=list)
     features: int = 0
     seconds: float = 0.0
@@ -90,7 +91,7 @@ def extract_photos(
     place that cannot be written, UsageError for one with features of another model.
     """
     started = time.monotonic()
-    report = ExtractReport(failures=list(scanned.failures))
+    report = ExtractReport(failures=list(scanned.failures), others=scanned.others)
     run = _Run(folder, pictures, load_extractor, settings, report)
     extract = PhotoExtraction(load_extractor)
     done = 0

@@ -50,6 +50,7 @@ T_contra = TypeVar("T_contra", contravariant=True)
 class IngestReport:
     """What an ingest did; the fields of `--json`.
 
+    others: photos of these folders that belong to other shards.
     sparse: ids of images that are stored but have too few features to be found reliably.
     interrupted: ended by Ctrl-C. stopped: ended at the first failure, as the settings ask.
     """
@@ -58,6 +59,7 @@ class IngestReport:
     updated: int = 0
     unchanged: int = 0
     removed: int = 0
+    others: int = 0
     failures: list[Failure] = field(default_factory=list)
     sparse: list[str] = field(default_factory=list)
     features: int = 0
@@ -77,6 +79,7 @@ class IngestReport:
             "updated": self.updated,
             "unchanged": self.unchanged,
             "removed": self.removed,
+            "others": self.others,
             "failed": self.failed,
             "failures": [asdict(failure) for failure in self.failures],
             "sparse": self.sparse,
@@ -166,7 +169,7 @@ def ingest_files(
     `prepare` may raise InputError, which fails that file. Raises DatabaseError when the database fails.
     """
     started = time.monotonic()
-    report = IngestReport(failures=list(scanned.failures))
+    report = IngestReport(failures=list(scanned.failures), others=scanned.others)
     known = store.records([photo.image_id for photo in scanned.photos])
     # Their rows are gone, and with them what was said of them, if a writer was killed.
     lost = store.interrupted([photo.image_id for photo in scanned.photos if photo.image_id not in known])

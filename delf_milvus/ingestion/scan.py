@@ -63,11 +63,15 @@ class Failure:
 
 @dataclass
 class Scan:
-    """Photos in the order of their ids, failures in the order of their paths, and the folders given, absolute."""
+    """Photos in the order of their ids, failures in the order of their paths, and the folders given, absolute.
+
+    others: photos that were found and left to other shards.
+    """
 
     photos: list[Photo]
     failures: list[Failure]
     roots: list[Path]
+    others: int = 0
 
 
 @dataclass(frozen=True)

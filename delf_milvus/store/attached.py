@@ -6,12 +6,13 @@ of its two collections: an alias that moves meanwhile changes nothing for it, ex
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from delf_milvus.errors import CollectionError, UsageError
+from delf_milvus.errors import CollectionError, DatabaseError, UsageError
 from delf_milvus.features import Fingerprint
 from delf_milvus.settings import StoreSettings
 from delf_milvus.store import generations, schema
@@ -21,6 +22,8 @@ from delf_milvus.store.fields import declared
 from delf_milvus.store.filters import quoted
 from delf_milvus.store.indexing import Indexing
 from delf_milvus.store.schema import CollectionFacts, CollectionSpec
+
+log = logging.getLogger(__name__)
 
 SESSION = "Session"
 
@@ -227,6 +230,9 @@ class AttachedCollections:
         with self._state_lock:
             made = self._facts or made or self._planned()
             self._create(self._features, made.features, made)
+            # Whoever else makes them at the same time may do so for another model: who made the features decides.
+            self._attach()
+            made = self._facts or made
             self._create(self._images, made.images, made)
             facts = self._attach()
         if facts is None:
@@ -234,20 +240,30 @@ class AttachedCollections:
         return facts
 
     def _create(self, name: str, spec: CollectionSpec, facts: CollectionFacts) -> None:
-        with self._db.asking(f"creating the collection {name!r}"):
-            if self._client.has_collection(name, timeout=self._settings.timeout):
-                return
-            self._client.create_collection(
-                name,
-                schema=schema.to_pymilvus(spec),
-                index_params=self._indexing.params(name, self._indexing.profile(name, 0), spec.filtered),
-                properties={
-                    schema.PROPERTY: facts.to_json(),
-                    **generations.properties(self._collection, self._generation),
-                },
-                consistency_level=SESSION,
-                timeout=self._settings.timeout,
-            )
+        """Create one of the collections, unless somebody else does so first: what they made it for is checked next."""
+        if self._is_there(name):
+            return
+        try:
+            with self._db.asking(f"creating the collection {name!r}"):
+                self._client.create_collection(
+                    name,
+                    schema=schema.to_pymilvus(spec),
+                    index_params=self._indexing.params(name, self._indexing.profile(name, 0), spec.filtered),
+                    properties={
+                        schema.PROPERTY: facts.to_json(),
+                        **generations.properties(self._collection, self._generation),
+                    },
+                    consistency_level=SESSION,
+                    timeout=self._settings.timeout,
+                )
+        except DatabaseError:
+            if not self._is_there(name):
+                raise
+            log.info("somebody else created the collection %s at the same time", name, exc_info=True)
+
+    def _is_there(self, name: str) -> bool:
+        with self._db.asking(f"looking for the collection {name!r}"):
+            return bool(self._client.has_collection(name, timeout=self._settings.timeout))
 
     def _dim(self) -> int:
         known = self._facts.fingerprint if self._facts else self._fingerprint

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from milvus_server import Server
 from pymilvus import MilvusClient
-from store_samples import MODEL, random_items
+from store_samples import MODEL, OTHER_MODEL, random_items
 
+from delf_milvus.errors import CollectionError
 from delf_milvus.settings import StoreSettings
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.keys import split_keys
@@ -56,6 +59,44 @@ def test_images_are_written_found_updated_and_deleted_under_ivf_pq(opened: Opene
     assert store.delete([items[5][0].image_id, "missing"]) == [items[5][0].image_id]
     assert (store.count_images(), store.count_features()) == (39, 3830)
     assert [record.image_id for record in store.list(limit=6)][5] == "img/00006.jpg"
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_collections_that_many_make_at_once_are_made_once(opened: Opener, attempt: int) -> None:
+    items = random_items(attempt, 12, 20)
+    # Connections of their own: to the server these are as good as processes.
+    stores = [opened(settings=StoreSettings(fields={"year": "integer=0"})) for _ in range(6)]
+    begin = threading.Barrier(len(stores))
+
+    def write(number: int) -> None:
+        begin.wait(60)
+        stores[number].write(items[number :: len(stores)])
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        list(pool.map(write, range(len(stores))))
+    reader = opened(settings=StoreSettings(consistency="strong"))
+    assert [record.image_id for record in reader.list()] == [record.image_id for record, _ in items]
+    keys, _ = reader.neighbours(items[7][1].descriptors, 1)
+    assert (split_keys(keys)[0] == items[7][0].key).all()
+    assert reader.status().index_used == "FLAT"
+
+
+def test_collections_that_two_models_make_at_once_are_of_one_of_them(opened: Opener) -> None:
+    stores = [opened(), opened(fingerprint=OTHER_MODEL)]
+    begin = threading.Barrier(2)
+
+    def create(store: FeatureStore) -> str:
+        begin.wait(60)
+        try:
+            store.create()
+        except CollectionError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(create, stores))
+    assert sorted("was made with another model" in one for one in told) == [False, True]
+    assert opened(fingerprint=None).facts is not None
 
 
 def test_strong_searches_see_at_once_what_others_wrote(opened: Opener) -> None:
