@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The oldest whose schemas the manifests are checked against; its checker passes over kinds of other vendors.
+KUBERNETES := 1.31
 
 .PHONY: demo test check audit format schemas licences clean
 
@@ -19,6 +21,7 @@ check: $(VENV)/installed-check
 	$(BIN)/lint-imports
 	$(BIN)/yamllint --strict --config-file deploy/yamllint.yaml deploy
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/standalone/compose.yaml deploy/service/compose.yaml
+	$(BIN)/kubernetes-validate --quiet --strict --kubernetes-version $(KUBERNETES) deploy/kubernetes/*.yaml
 	$(BIN)/hadolint deploy/Dockerfile
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml delf_milvus
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from delf_milvus.store.connection import Connection, NotLoadedError
 from delf_milvus.store.fields import declared
 from delf_milvus.store.filters import quoted
 from delf_milvus.store.indexing import Indexing
-from delf_milvus.store.schema import CollectionFacts, CollectionSpec
+from delf_milvus.store.schema import CollectionFacts, CollectionSpec, Field
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ class AttachedCollections:
             raise UsageError(f"No field can be declared as {min(reserved)!r}: that name is reserved; choose another.")
         self._state_lock = threading.RLock()
         self._facts: CollectionFacts | None = None
-        self._indexing = Indexing(database, self._features, self._images, settings, self._dim, index_from)
+        self._indexing = Indexing(
+            database, self._features, self._images, settings, self._dim, index_from, self._filtered
+        )
         self._loaded: set[str] = set()
         self._attached = False
 
@@ -268,6 +270,11 @@ class AttachedCollections:
     def _dim(self) -> int:
         known = self._facts.fingerprint if self._facts else self._fingerprint
         return known.dim if known else 1
+
+    def _filtered(self, name: str) -> Sequence[Field]:
+        if self._facts is None:
+            return ()
+        return (self._facts.features if name == self._features else self._facts.images).filtered
 
     def _load(self, name: str) -> None:
         """Load a collection, which then has an index; without the state's lock, for this may wait for a writer."""

@@ -3,6 +3,9 @@
 Each of the two collections has one index, on its vector field: that of the images is FLAT, that of the features is what
 `profiles.choose` says. A server loads no collection without an index, so a collection that was left without one, by a
 crash or by `drop`, has one again before it is loaded.
+
+The fields that searches are filtered by have indexes too, which are made first: a server refuses to load again what was
+loaded before one of them was there, so whoever finds the index of the vectors, while another makes them, may load.
 """
 
 from __future__ import annotations
@@ -102,6 +105,7 @@ class Indexing:
     """The indexes of one store's two collections.
 
     dim: gives the components of a descriptor. index_from: rows from which the profile "auto" is more than FLAT.
+    filtered: gives the fields that searches of a collection are filtered by.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class Indexing:
         settings: StoreSettings,
         dim: Callable[[], int],
         index_from: int,
+        filtered: Callable[[str], Sequence[Field]] = lambda _: (),
     ) -> None:
         self._db = database
         self._client = database.client
@@ -121,6 +126,7 @@ class Indexing:
         self.engine = Engine.of(database.version)
         self._dim = dim
         self._index_from = index_from
+        self._filtered = filtered
         self._current = NO_INDEX
         self.outdated = False
         """Whether rows were written or deleted since the index was last brought up to date."""
@@ -136,9 +142,12 @@ class Indexing:
         return choose(asked or self._settings.profile, self.engine, self._dim(), rows, self._index_from, wishes)
 
     def params(self, name: str, profile: IndexProfile, filtered: Sequence[Field] = ()) -> Any:
-        """The profile as pymilvus takes it, and the indexes of the fields that searches are filtered by."""
+        """The indexes of fields that searches are filtered by, and then the profile, as pymilvus takes them."""
         vector = self._vectors[name]
         params = self._client.prepare_index_params()
+        for field in filtered:
+            if kind := scalar_index(field.type, self.engine):
+                params.add_index(field.name, index_type=kind, index_name=field.name)
         params.add_index(
             vector,
             index_type=profile.index_type,
@@ -146,9 +155,6 @@ class Indexing:
             metric_type=METRIC,
             params=profile.build_params(self._db.backend),
         )
-        for field in filtered:
-            if kind := scalar_index(field.type, self.engine):
-                params.add_index(field.name, index_type=kind, index_name=field.name)
         return params
 
     def search_params(self, name: str, k: int) -> dict[str, Any]:
@@ -294,10 +300,16 @@ class Indexing:
         with self._db.asking("dropping the old index"):
             self._client.drop_index(self._features, FEATURE_VECTOR, timeout=self._settings.timeout)
 
-    def _build(self, name: str, profile: IndexProfile, progress: Watcher = _unwatched) -> None:
+    def _build(
+        self,
+        name: str,
+        profile: IndexProfile,
+        progress: Watcher = _unwatched,
+        filtered: Sequence[Field] = (),
+    ) -> None:
         doing = f"building the index {profile.index_type}"
         with self._db.building(), self._db.asking(doing):
-            self._client.create_index(name, self.params(name, profile), timeout=BUILD_SECONDS, sync=False)
+            self._client.create_index(name, self.params(name, profile, filtered), timeout=BUILD_SECONDS, sync=False)
         self._wait(name, doing, progress)
 
     def _wait(self, name: str, doing: str, progress: Watcher) -> None:
@@ -328,8 +340,14 @@ class Indexing:
             if found != NO_INDEX:
                 return found
             log.warning("the collection %s has no index: it is built before anything is read", name)
-            self._build(name, self.profile(name, self.flushed_rows(name)))
+            self._build(name, self.profile(name, self.flushed_rows(name)), filtered=self._missing(name))
             return self.described(name)
+
+    def _missing(self, name: str) -> list[Field]:
+        """The fields that searches of a collection are filtered by, and that have no index."""
+        with self._db.asking("reading the indexes"):
+            there = self._client.list_indexes(name)
+        return [field for field in self._filtered(name) if field.name not in there]
 
     def flushed_rows(self, name: str) -> int:
         """About how many rows a collection has that may not be loaded: those flushed, some of them deleted."""

@@ -61,7 +61,7 @@ def test_images_are_written_found_updated_and_deleted_under_ivf_pq(opened: Opene
     assert [record.image_id for record in store.list(limit=6)][5] == "img/00006.jpg"
 
 
-@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.parametrize("attempt", range(4))
 def test_collections_that_many_make_at_once_are_made_once(opened: Opener, attempt: int) -> None:
     items = random_items(attempt, 12, 20)
     # Connections of their own: to the server these are as good as processes.
