@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import make_photo, save_photo
 from service.serving import READ, WRITE, run, serving, settings_of
 from typer.testing import CliRunner
 
 from delf_milvus import __version__
 from delf_milvus.cli.main import app
 from delf_milvus.errors import DatabaseError, DelfMilvusError
+from delf_milvus.ingestion.shard import Shard
 from delf_milvus.settings import load
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -257,6 +263,34 @@ def test_clusters_hold_what_their_values_say(files: tuple[str, ...], millions: i
     # Some 5 million descriptors a segment, with a copy and what is packed beside it.
     segment = values_of_segment(values)
     assert bytes_of(values["dataNode"]["resources"]["limits"]["memory"]) >= 3 * segment
+
+
+def test_a_task_of_slurm_takes_its_part_whichever_tasks_run(tmp_path: Path, tiny_model: Path) -> None:
+    script = DEPLOY / "slurm/ingest.sbatch"
+    text = script.read_text()
+    shards = int(re.findall(r"^SHARDS=(\d+)$", text, re.M)[0])
+    assert re.findall(r"^#SBATCH --array=0-(\d+)%\d+$", text, re.M) == [str(shards - 1)]
+    names = [f"{seed}.png" for seed in range(6)]
+    for seed, name in enumerate(names):
+        save_photo(tmp_path / "my photos" / name, make_photo(seed, 160, 120))
+    part = next(number for number in range(shards) if Shard(number, shards).takes(names[0]))
+    # As of `sbatch --array=` with this task alone.
+    given = {"SLURM_ARRAY_TASK_ID": str(part), "SLURM_ARRAY_TASK_COUNT": "1", "SLURM_CPUS_PER_TASK": "1"}
+    own = {"PHOTOS": "my photos", "DELF_MILVUS_MODEL": str(tiny_model), "DELF_MILVUS_EXTRACT__PRESET": "fast"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", script],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, **given, **own},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    expected = sum(Shard(part, shards).takes(name) for name in names)
+    assert (report["added"], report["others"]) == (expected, len(names) - expected)
 
 
 def values_of_segment(values: dict[str, Any]) -> int:
