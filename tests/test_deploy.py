@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from conftest import make_photo, save_photo
 from service.serving import READ, WRITE, run, serving, settings_of
 from typer.testing import CliRunner
 
-from delf_milvus import __version__
 from delf_milvus.cli.main import app
 from delf_milvus.errors import DatabaseError, DelfMilvusError
 from delf_milvus.ingestion.shard import Shard
@@ -106,7 +106,7 @@ def test_pods_may_do_nothing_but_their_work(workload: dict[str, Any]) -> None:
 def test_pods_run_as_the_user_of_the_image_and_on_this_version(workload: dict[str, Any]) -> None:
     user = re.findall(r"^USER (\d+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)[-1]
     assert int(user) == pod(workload)["securityContext"]["runAsUser"] != 0
-    assert container(workload)["image"] == f"delf-milvus:{__version__}"
+    assert container(workload)["image"] == f"delf-milvus:{version('delf-milvus')}"
     assert 'ENTRYPOINT ["delf-milvus"]' in (DEPLOY / "Dockerfile").read_text()
     assert "command" not in container(workload)
 
