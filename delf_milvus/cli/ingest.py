@@ -66,7 +66,7 @@ def ingest(
     """
     if features_name is not None and not features:
         raise UsageError("--features-name says who made feature files: give --features too.")
-    part = None if shard is None else read_shard(shard)
+    part = None if shard is None else _shard(shard)
     state = state_of(context)
     stages: Stages = {
         "ingest": {"on_error": on_error},
@@ -93,7 +93,7 @@ def ingest(
         raise typer.Exit(1)
 
 
-def read_shard(text: str) -> tuple[int, int]:
+def _shard(text: str) -> tuple[int, int]:
     """The option --shard I/N; raises UsageError."""
     from delf_milvus.ingestion.shard import Shard
 
