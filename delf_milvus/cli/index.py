@@ -32,6 +32,11 @@ def _profiles(names: list[str] | None) -> list[Profile]:
     return [known[name.lower()] for name in names or ()]
 
 
+def one_profile(name: str | None) -> Profile | None:
+    """The profile of that name, in capitals or not; None for None. Raises UsageError for one that there is not."""
+    return next(iter(_profiles([name])), None) if name is not None else None
+
+
 @app.command()
 def build(
     context: typer.Context,
@@ -44,7 +49,7 @@ def build(
     Example: delf-milvus --uri http://localhost:19530 index build --profile IVF_PQ
     """
     state = state_of(context)
-    (asked,) = _profiles([profile]) if profile is not None else (None,)
+    asked = one_profile(profile)
     with state.open(any_model=True) as index, Bar(show_progress(state.quiet, state.json)) as bar:
 
         def tell(progress: BuildProgress) -> None:

@@ -23,6 +23,7 @@ from delf_milvus.cli import (
     manage,
     model,
     operate,
+    plan,
     reindex,
     search,
     serve,
@@ -56,6 +57,7 @@ app.command("calibrate")(calibrate.calibrate)
 for command in (manage.status, manage.list_images, manage.show, manage.delete):
     app.command(command.__name__.removesuffix("_images"))(command)
 app.add_typer(index.app, name="index")
+app.command("plan")(plan.plan)
 for command in (operate.doctor, operate.fsck, operate.compact):
     app.command(command.__name__)(command)
 app.command("export")(data.export)

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 from milvus_server import WheelServer
-from synthetic import MODEL, images, query
 
+from delf_milvus.planning.synthetic import MODEL, images, query
 from delf_milvus.settings import Profile, StoreSettings
 from delf_milvus.store.feature_store import FeatureStore
 

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from milvus_server import WheelServer
 from pymilvus import MilvusClient
-from synthetic import MODEL, images, query
 
+from delf_milvus.planning.synthetic import MODEL, images, query
 from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import StoreSettings
 from delf_milvus.store.feature_store import FeatureStore

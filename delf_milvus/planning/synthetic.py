@@ -23,7 +23,7 @@ def image(number: int, count: int) -> tuple[ImageRecord, Features]:
     descriptors = unit(centres + SPREAD * unit(rng.normal(size=(count, DIM))))
     features = Features(
         rng.uniform(0, (639, 479), (count, 2)).astype(np.float32),
-        rng.choice(np.float32([0.7071, 1, 1.4142, 2]), count),
+        rng.choice(np.array([0.7071, 1, 1.4142, 2], np.float32), count),
         np.sort(rng.uniform(1, 90, count))[::-1].astype(np.float32),
         descriptors.astype(np.float32),
         640,
@@ -61,4 +61,5 @@ def centres_of(rows: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    lengths: NDArray[np.float64] = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / lengths

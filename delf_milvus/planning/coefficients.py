@@ -1,0 +1,162 @@
+"""What a plan multiplies with, each with where it is from; and the file that `bench` writes and `plan` reads.
+
+- Every default was measured by the project, or is worked out from the widths of the fields. `bench` measures most of
+  them anew on the user's machine; what its file lacks stays at the default.
+- Times were measured on two cores that client and server shared, beside other work. "core seconds" are the wall time
+  times these two cores: an upper bound.
+- Growth was recorded at 100,000, 1M and 5M descriptors. What was fitted to which of these, and which were held out,
+  is said where a coefficient is fitted; `tests/planning` compares with what was held out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from delf_milvus.errors import InputError, UsageError, one_line
+
+FORMAT = "delf-milvus coefficients"
+
+_GROWTH = "measured by the project on 2 cores, Milvus 2.3.5: README.md, Benchmarks, growth"
+_PROBES = "measured by the project on 2 cores, Milvus 2.3.5: 1M rows, nprobe 16 and 64 (0.43 s, 0.89 s)"
+_WRITES = "measured by the project on 2 cores, Milvus 2.3.5: README.md, Benchmarks, tests/benchmarks/moving.py"
+_LITE = "measured by the project on 2 cores, Milvus Lite 3.2: 1M rows, nprobe 16 and 64 (2.3 s, 2.6 s; 1.45 GB)"
+_LITE_ROWS = "measured by the project on 2 cores, Milvus Lite 3.2: README.md, Benchmarks"
+_CPU = "measured by the project, Intel without AMX: tests/benchmarks/README.md, What computes the network"
+_GPU = "measured by the project on one NVIDIA H200: tests/benchmarks/README.md, What computes the network"
+_COMPARING = "measured by the project on 2 cores: README.md, Benchmarks"
+_WORKED_OUT = "worked out: deploy/helm/values.yaml"
+_WIDTHS = "worked out: widths of the fields, schemas/images.schema.json"
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """A number to multiply with. unit: of the value. source: who measured or worked it out, and where that is told."""
+
+    value: float
+    unit: str
+    source: str
+
+
+Coefficients = Mapping[str, Coefficient]
+
+DEFAULTS: dict[str, Coefficient] = {
+    # Base and working memory are fitted to the growth at 100,000 and 5M; 1M is held out. The bytes of a row are not
+    # fitted: they are worked out from the fields.
+    "memory_base_bytes": Coefficient(375e6, "bytes of a server's process", _GROWTH),
+    "memory_working_bytes": Coefficient(150e6, "bytes that loading and searching hold, at most", _GROWTH),
+    "memory_room": Coefficient(1.5, "times what is loaded", _WORKED_OUT),
+    "primary_key_bytes": Coefficient(16, "bytes a row", _WORKED_OUT),
+    "image_text_bytes": Coefficient(300, "bytes an image: id, paths of 50 characters, checksum", _WIDTHS),
+    "storage_copies": Coefficient(2, "times what is stored, until what was compacted is collected", _WORKED_OUT),
+    # Fitted to 100,000 and 5M; 1M is held out.
+    "disk_base_bytes": Coefficient(314e6, "bytes of a standalone server's folder", _GROWTH),
+    "disk_row_bytes": Coefficient(857, "bytes a row of 40 components, logs included", _GROWTH),
+    "proxy_memory_bytes": Coefficient(4 * 2**30, "bytes a proxy", _WORKED_OUT),
+    # Fitted to nprobe 16 and 64 at 1M rows; the growth is held out.
+    "search_fixed_seconds": Coefficient(0.277e-3, "seconds a query descriptor, of any size", _PROBES),
+    "search_code_seconds": Coefficient(19.6e-9, "core seconds a code of IVF_PQ that is visited", _PROBES),
+    # Fitted to 100,000 and 1M; 5M is held out.
+    "build_base_seconds": Coefficient(34.4, "seconds", _GROWTH),
+    "build_list_seconds": Coefficient(284e-9, "core seconds a row and list of IVF_PQ", _GROWTH),
+    "build_rounds": Coefficient(2, "times, where segments are merged: as written, and merged", _GROWTH),
+    "write_rows_per_second": Coefficient(41_125, "rows a second", _WRITES),
+    "bulk_rows_per_second": Coefficient(65_000, "rows a second", _WRITES),
+    "lite_memory_base_bytes": Coefficient(180e6, "bytes of the process without torch", _LITE),
+    "lite_memory_row_bytes": Coefficient(1270, "bytes a row of 40 components", _LITE),
+    "lite_neighbour_seconds": Coefficient(20e-6, "seconds a neighbour that is returned", _LITE_ROWS),
+    "lite_code_seconds": Coefficient(6.4e-9, "seconds a code of IVF_SQ8 that is visited", _LITE),
+    "lite_write_rows_per_second": Coefficient(9_000, "rows a second, as row dictionaries: 9,000 to 17,000", _LITE),
+    "compare_seconds": Coefficient(0.054 / (100 * 500 * 500), "core seconds a pair of descriptors", _COMPARING),
+    "fetch_seconds": Coefficient(0.038 / (100 * 1000), "seconds a feature of a candidate", _COMPARING),
+    "vote_seconds": Coefficient(14e-6, "seconds a query descriptor", _COMPARING),
+    # fast: the pyramid has a third of the cells of that of standard.
+    "extract_fast_core_seconds": Coefficient(1.24 / 3, "core seconds a photo of 640 x 426", _CPU + " (a third)"),
+    "extract_standard_core_seconds": Coefficient(1.24, "core seconds a photo of 640 x 426", _CPU),
+    "extract_paper_core_seconds": Coefficient(2.73, "core seconds a photo of 640 x 426", _CPU),
+    "gpu_fast_photos_per_second": Coefficient(138, "photos a second from files of many sizes", _GPU),
+    "gpu_standard_photos_per_second": Coefficient(80, "photos a second from files of many sizes", _GPU),
+    "gpu_paper_photos_per_second": Coefficient(50, "photos a second from files of many sizes", _GPU),
+}
+
+SEARCHED = {"server": "IVF_PQ", "lite": "IVF_SQ8"}
+"""The index whose times the defaults know, by backend."""
+
+
+class _Measured(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float = Field(ge=0, allow_inf_nan=False)
+    unit: str
+    source: str
+
+
+class CoefficientFile(BaseModel):
+    """What `bench` writes.
+
+    made_at: ISO 8601, UTC. machine: what was measured. coefficients: by the names of DEFAULTS. not_measured: what was
+    not, and why. held_out: how far the fitted times are from a measurement that they were not fitted to.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: str = Field(default=FORMAT, pattern=f"^{FORMAT}$")
+    version: int = Field(default=1, ge=1, le=1)
+    made_at: str
+    machine: str
+    coefficients: dict[str, _Measured]
+    not_measured: list[str] = []
+    held_out: list[str] = []
+
+    @classmethod
+    def of(cls, measured: Coefficients, **told: Any) -> CoefficientFile:
+        """The file with these coefficients."""
+        return cls(coefficients={name: _Measured(**asdict(one)) for name, one in measured.items()}, **told)
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON; raises InputError where that cannot be written."""
+        try:
+            path.write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"{one_line(path)} cannot be written: {error.strerror or 'input/output error'}."
+            ) from error
+
+
+def read(path: Path) -> dict[str, Coefficient]:
+    """The defaults, with what a file of `bench` has measured instead.
+
+    Raises InputError for a file that cannot be read, UsageError for one that is none of `bench`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{one_line(path)} cannot be read: {error.strerror or 'input/output error'}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{one_line(path)} is no file of coefficients: make one with `delf-milvus bench`.") from error
+    try:
+        file = CoefficientFile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{one_line(path)} is no file of coefficients ({one_line(where)}: {one_line(first['msg'])}): make one with "
+            "`delf-milvus bench`."
+        ) from error
+    if unknown := sorted(file.coefficients.keys() - DEFAULTS.keys()):
+        raise UsageError(
+            f"{one_line(path)} has a coefficient that no plan knows, {one_line(unknown[0])!r}: leave it out."
+        )
+    measured = {name: Coefficient(one.value, one.unit, one.source) for name, one in file.coefficients.items()}
+    for name, one in measured.items():
+        # Rates and room are divided by or multiplied with: none of them can be nothing.
+        if one.value == 0 and (name.endswith("per_second") or DEFAULTS[name].unit.startswith("times")):
+            raise UsageError(
+                f"{one_line(path)}: {name} is 0, which nothing takes: measure it again with `delf-milvus bench`."
+            )
+    return {**DEFAULTS, **measured}
