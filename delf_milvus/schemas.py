@@ -24,6 +24,8 @@ from delf_milvus.evaluation.comparison import Comparison
 from delf_milvus.evaluation.report import EvaluationReport
 from delf_milvus.ingestion.extraction import ExtractReport
 from delf_milvus.ingestion.pipeline import IngestReport
+from delf_milvus.planning.coefficients import CoefficientFile
+from delf_milvus.planning.model import Plan
 from delf_milvus.retrieval.answers import Hit, SearchResult
 from delf_milvus.settings import Settings
 from delf_milvus.store.feature_store import StoreStatus
@@ -50,6 +52,8 @@ def schemas() -> dict[str, dict[str, Any]]:
         "export_report": TypeAdapter(_printed(ExportReport)).json_schema(mode="serialization"),
         "evaluation_report": TypeAdapter(_printed(EvaluationReport)).json_schema(mode="serialization"),
         "evaluation_comparison": TypeAdapter(_printed(Comparison)).json_schema(mode="serialization"),
+        "plan": TypeAdapter(_printed(Plan)).json_schema(mode="serialization"),
+        "coefficients": TypeAdapter(CoefficientFile).json_schema(),
         "import_report": TypeAdapter(_printed(ImportReport)).json_schema(mode="serialization"),
     }
     return {

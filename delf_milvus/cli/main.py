@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from delf_milvus.cli import (
+    bench,
     calibrate,
     config,
     data,
@@ -58,6 +59,7 @@ for command in (manage.status, manage.list_images, manage.show, manage.delete):
     app.command(command.__name__.removesuffix("_images"))(command)
 app.add_typer(index.app, name="index")
 app.command("plan")(plan.plan)
+app.command("bench")(bench.bench)
 for command in (operate.doctor, operate.fsck, operate.compact):
     app.command(command.__name__)(command)
 app.command("export")(data.export)

@@ -295,6 +295,8 @@ def _lite(request: PlanRequest, row: float, coefficients: Coefficients) -> Itera
     memory = of["lite_memory_base_bytes"] + request.rows * row * of["lite_memory_row_bytes"]
     name = index.index_type
     yield Estimate("lite.memory", "Lite: memory", memory, "bytes", name, coefficients["lite_memory_row_bytes"].source)
+    disk = request.rows * row * of["lite_disk_row_bytes"]
+    yield Estimate("lite.disk", "Lite: disk", disk, "bytes", name, coefficients["lite_disk_row_bytes"].source)
     search = None
     if name == SEARCHED["lite"]:
         lists = index.index_params["nlist"]
