@@ -16,12 +16,16 @@ from delf_milvus.errors import InputError, UsageError, one_line
 def bench(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="File of coefficients to write (JSON).")] = Path("coefficients.json"),
-    minutes: Annotated[float, typer.Option(min=0.01, max=600, help="About how long; an index takes what it takes.")] = 5,
+    minutes: Annotated[
+        float, typer.Option(min=0.01, max=600, help="About how long; an index takes what it takes.")
+    ] = 5,
     rows: Annotated[int, typer.Option(min=10_000, max=100_000_000, help="Descriptors at most.")] = 1_000_000,
     presets: Annotated[
         list[str] | None,
         typer.Option(
-            "--preset", autocompletion=preset_names, help="To extract with; again for more. none: no extraction. Default: all"
+            "--preset",
+            autocompletion=preset_names,
+            help="To extract with; again for more. none: no extraction. Default: all",
         ),
     ] = None,
 ) -> None:

@@ -26,7 +26,9 @@ def plan(
     ] = None,
     dim: Annotated[int, typer.Option(min=1, max=32768, help="Components of a descriptor.")] = 40,
     profile: Annotated[str | None, typer.Option(help="auto, FLAT, IVF_PQ, HNSW ... Default: the settings'")] = None,
-    preset: Annotated[str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: the settings'")] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=presets, help="fast, standard or paper. Default: the settings'")
+    ] = None,
     milvus: Annotated[str, typer.Option(help="Release of the server.")] = "2.6",
     replicas: Annotated[int, typer.Option(min=1, max=1000, help="Copies of what is loaded.")] = 1,
     queries_per_second: Annotated[

@@ -161,7 +161,9 @@ def _scratch(database: Connection, settings: Settings) -> Iterator[Opened]:
 
     # Opening refuses what another model, or other software, has made.
     if opened().generation != name:
-        raise CollectionError(f"The collection {name!r} was rebuilt, so it is not of a bench: use another --collection.")
+        raise CollectionError(
+            f"The collection {name!r} was rebuilt, so it is not of a bench: use another --collection."
+        )
     _drop(database, name)
     try:
         yield opened

@@ -23,9 +23,13 @@ class Hardware(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     query_cores: int = Field(default=8, ge=1, le=4096, description="Cores of a query node, or of the one server.")
-    query_memory_gib: float = Field(default=32, ge=1, le=65536, allow_inf_nan=False, description="Memory of a query node.")
+    query_memory_gib: float = Field(
+        default=32, ge=1, le=65536, allow_inf_nan=False, description="Memory of a query node."
+    )
     data_cores: int = Field(default=8, ge=1, le=4096, description="Cores of a data node, which builds indexes.")
-    build_hours: float = Field(default=24, gt=0, allow_inf_nan=False, description="Hours that building the whole index may take.")
+    build_hours: float = Field(
+        default=24, gt=0, allow_inf_nan=False, description="Hours that building the whole index may take."
+    )
     extract_cores: int = Field(default=16, ge=1, le=1_000_000, description="Cores that extract photos, all together.")
     gpus: int = Field(default=1, ge=1, le=100_000, description="GPUs that extract photos.")
 
