@@ -100,6 +100,7 @@ def _tell(plan: Plan) -> None:
     data_table(
         ("what", "estimate", "of", "from"),
         ((one.what, _shown(one), one.note or "-", letters[one.source]) for one in plan.estimates),
+        shorten=("of",),
     )
     data_line()
     data_table(

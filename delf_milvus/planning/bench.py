@@ -247,7 +247,10 @@ def _process(database: Connection, notes: _Notes) -> tuple[bool, int | None]:
     if database.backend == "lite":
         return resident_bytes() is not None, None
     address = urlsplit(database.where)
-    pid = listener(address.port or _PORT) if address.hostname in _LOOPBACK else None
+    here = address.hostname in _LOOPBACK
+    if not here:
+        notes.lack("cores of the server: its times count as if it had those of this machine")
+    pid = listener(address.port or _PORT) if here else None
     # What listens for a container is not what runs in it.
     if pid is None or not name_of(pid).startswith("milvus"):
         notes.lack("memory of the server: no process of Milvus on this machine listens there")

@@ -13,10 +13,11 @@ The model, for N rows (images x features) in S segments, each with an index of i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from delf_milvus.errors import UsageError
 from delf_milvus.planning.coefficients import DEFAULTS, SEARCHED, Coefficients
@@ -272,8 +273,8 @@ def _collection(sizes: _Sizes) -> Iterator[Estimate]:
 
 def _one_machine(sizes: _Sizes, hardware: Hardware, coefficients: Coefficients) -> Iterator[Estimate]:
     request = sizes.request
-    row = (sizes.stored / request.rows) / _stored_recorded()
-    yield from _lite(request, row, coefficients)
+    yield from _lite(request, (sizes.mapped / request.rows) / _recorded().mapped_row, coefficients)
+    row = (sizes.stored / request.rows) / _recorded().stored_row
     base = coefficients["memory_base_bytes"].source
     yield Estimate("standalone.memory", "standalone: memory", sizes.standalone, "bytes", "nothing mapped", base)
     disk = coefficients["disk_base_bytes"].value + request.rows * row * coefficients["disk_row_bytes"].value
@@ -292,10 +293,12 @@ def _lite(request: PlanRequest, row: float, coefficients: Coefficients) -> Itera
     except UsageError:
         return
     of = {name: one.value for name, one in coefficients.items()}
-    memory = of["lite_memory_base_bytes"] + request.rows * row * of["lite_memory_row_bytes"]
     name = index.index_type
+    # Nearly all of it is what the database holds beside the index, but a graph is not small.
+    each = row * of["lite_memory_row_bytes"]
+    memory = None if name == "HNSW" else of["lite_memory_base_bytes"] + request.rows * each
     yield Estimate("lite.memory", "Lite: memory", memory, "bytes", name, coefficients["lite_memory_row_bytes"].source)
-    disk = request.rows * row * of["lite_disk_row_bytes"]
+    disk = None if name == "HNSW" else request.rows * row * of["lite_disk_row_bytes"]
     yield Estimate("lite.disk", "Lite: disk", disk, "bytes", name, coefficients["lite_disk_row_bytes"].source)
     search = None
     if name == SEARCHED["lite"]:
@@ -332,7 +335,7 @@ def _cluster(sizes: _Sizes, hardware: Hardware, coefficients: Coefficients) -> I
         yield Estimate("query.nodes", "query nodes", None if rate is None else nodes, "count", "the larger", source)
     cores = hardware.query_cores * nodes / request.replicas
     search = sizes.search_seconds(cores)
-    yield Estimate("query.search", "search", search, "seconds", f"{nodes} nodes, idle", source)
+    yield Estimate("query.search", "search", search, "seconds", f"nodes: {nodes}, idle", source)
     compare = _compare_seconds(request, of)
     yield Estimate(
         "client.compare", "the client's part of it", compare, "seconds", f"vote; {request.candidates} candidates",
@@ -351,7 +354,7 @@ def _cluster(sizes: _Sizes, hardware: Hardware, coefficients: Coefficients) -> I
     source = coefficients["build_list_seconds"].source
     limit = f"of {hardware.data_cores} cores, to build in {hardware.build_hours:g} h"
     yield Estimate(f"{role}.nodes", f"{role} nodes (build indexes)", data, "count", limit, source)
-    yield Estimate("build", "index built", build, "seconds", f"by {data} nodes" if data else "", source)
+    yield Estimate("build", "index built", build, "seconds", f"nodes: {data}" if data else "", source)
     proxy = coefficients["proxy_memory_bytes"]
     yield Estimate("proxy.memory", "proxy: memory of one", proxy.value, "bytes", "two or more", proxy.source)
     yield Estimate("object_store", "object store", copies * sizes.stored, "bytes", f"{copies:g}x what is stored", keys)
@@ -434,7 +437,15 @@ def _drivers(sizes: _Sizes, coefficients: Coefficients) -> Iterator[Driver]:
         yield Driver(change, other.loaded / sizes.loaded, other.stored / sizes.stored, search)
 
 
-def _stored_recorded() -> float:
-    """Bytes a row, with index, of the collections that bytes a row were measured with."""
-    recorded = PlanRequest(1000, 1000, dim=RECORDED_DIM, global_dim=RECORDED_DIM, profile="IVF_PQ", release=(2, 3))
-    return _Sizes(recorded, DEFAULTS).stored / recorded.rows
+class _Recorded(NamedTuple):
+    """Bytes a row of the collections that the bytes a row of one machine were measured with."""
+
+    mapped_row: float
+    stored_row: float
+
+
+@functools.cache
+def _recorded() -> _Recorded:
+    request = PlanRequest(1000, 1000, dim=RECORDED_DIM, global_dim=RECORDED_DIM, profile="IVF_PQ", release=(2, 3))
+    sizes = _Sizes(request, DEFAULTS)
+    return _Recorded(sizes.mapped / request.rows, sizes.stored / request.rows)

@@ -148,6 +148,8 @@ def test_times_of_an_index_that_nobody_measured_are_not_guessed() -> None:
     for name in ("standalone.search", "standalone.build", "query.rate", "query.nodes", "query.search", "data.nodes"):
         assert plan[name] is None
     assert plan["query.memory"] is not None
+    for name in ("lite.memory", "lite.disk", "lite.search"):
+        assert plan[name] is None
     assert all(driver.search is None for driver in plan.drivers)
 
 
