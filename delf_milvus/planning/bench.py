@@ -221,7 +221,7 @@ def _measure_store(
     store = opened()
     seconds = 60 * config.minutes * _WRITING
     whole = max(config.rows, 2 * LEAST_ROWS) // FEATURES
-    first, _ = _write(store, 0, whole // 4, seconds / 4, notes)
+    first, _ = _write(store, 0, max(whole // 4, LEAST_ROWS // FEATURES), seconds / 4, notes)
     builds = [_build(store, database)]
     searches = _search(opened, store)
     # At least as many again, so that there are two sizes.
