@@ -264,8 +264,7 @@ class AttachedCollections:
             log.info("somebody else created the collection %s at the same time", name, exc_info=True)
 
     def _is_there(self, name: str) -> bool:
-        with self._db.asking(f"looking for the collection {name!r}"):
-            return bool(self._client.has_collection(name, timeout=self._settings.timeout))
+        return bool(self._db.call("looking for the collections", self._client.has_collection, name))
 
     def _dim(self) -> int:
         known = self._facts.fingerprint if self._facts else self._fingerprint

@@ -345,8 +345,7 @@ class Indexing:
 
     def _missing(self, name: str) -> list[Field]:
         """The fields that searches of a collection are filtered by, and that have no index."""
-        with self._db.asking("reading the indexes"):
-            there = self._client.list_indexes(name)
+        there = self._db.call("reading the indexes", self._client.list_indexes, name)
         return [field for field in self._filtered(name) if field.name not in there]
 
     def flushed_rows(self, name: str) -> int:
