@@ -16,11 +16,15 @@ from milvus_server import Server
 
 from delf_milvus import DelfIndex, Settings
 
-THREADS, CALLS = 3, 40
-MEMORY = 45.0
-"""MB that a round may add: the 40 photos of its calls, decoded, with the levels of their pyramids as floats, are more
-than 55 MB, so that a call that kept its photo's would be seen. What the allocator, torch's kernels for ever new sizes
-and Milvus Lite's segments keep is less."""
+THREADS, CALLS = 3, 30
+MORE = 5
+"""Files and threads that further rounds may add: pools grow to their bound as calls happen to overlap. A call that left
+one behind would add five a round or more."""
+
+MEMORY = 70.0
+"""MB that two further rounds may add: the 60 photos of their calls, decoded, with the levels of their pyramids as
+floats, are more than 80 MB, so that a call that kept its photo's would be seen. What the allocator, torch's kernels for
+ever new sizes and Milvus Lite's segments keep is less."""
 
 
 def turn(calls: Calls, seed: int) -> Usage:
@@ -42,13 +46,11 @@ def turn(calls: Calls, seed: int) -> Usage:
 
 
 def settled(rounds: Callable[[int], Usage]) -> None:
-    """After two rounds, in which pools fill, a further two add neither files nor threads, nor much memory."""
-    taken = [rounds(number) for number in range(4)]
-    before, after = taken[:2], taken[2:]
-    # Pools of threads grow to their bound when their tasks happen to overlap: at most one more of each.
-    assert min(one.threads for one in after) <= max(one.threads for one in before) + 2, taken
-    assert min(one.handles for one in after) <= max(one.handles for one in before) + 1, taken
-    assert after[1].memory - before[1].memory < 2 * MEMORY, taken
+    """After a round, in which pools fill, a further two add neither files nor threads, nor much memory."""
+    before, _, after = [rounds(number) for number in range(3)]
+    assert after.threads <= before.threads + MORE, (before, after)
+    assert after.handles <= before.handles + MORE, (before, after)
+    assert after.memory - before.memory < MEMORY, (before, after)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +90,8 @@ def test_opening_and_closing_on_a_server_leaves_nothing_open(
 
 
 def reopened(settings: Settings, photo: RgbImage) -> Usage:
-    """What the process takes after an index was opened and closed three times."""
-    for _ in range(3):
+    """What the process takes after an index was opened and closed five times."""
+    for _ in range(5):
         with DelfIndex.open(settings=settings) as index:
             assert index.search(photo, include_unverified=True).hits
     gc.collect()
