@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from milvus_server import COMPOSE, DockerServer, Server, WheelServer, compose_en
 from numpy.typing import NDArray
 from pymilvus import MilvusClient
 from pytest_docker.plugin import DockerComposeExecutor, Services
+
+# A suite that a shell starts in the background ignores Ctrl-C, and so would all that it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # An example takes as long as a busy machine lets it.
 settings.register_profile("untimed", deadline=None)
