@@ -483,15 +483,16 @@ def load(flags: dict[str, Any] | None = None, config: Path | None = None) -> Loa
         environment.env_vars = {name: v for name, v in environment.env_vars.items() if name not in files.values()}
         layers.append(("file named in the environment", _read_secrets(named)))
         layers.append(("environment", environment()))
+        layers.append(("flag", flags or {}))
+        flat = [(source, _leaves(values)) for source, values in layers]
     except RecursionError:
         raise UsageError("The settings cannot be read: one of them is nested too deeply.") from None
     except (SettingsError, ValueError, OSError) as error:
         raise UsageError(f"The settings cannot be read: {error}.") from error
-    layers.append(("flag", flags or {}))
     merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for source, values in layers:
-        for name, value in _leaves(values).items():
+    for source, values in flat:
+        for name, value in values.items():
             if value is not None:
                 _put(merged, name, value)
                 sources[name] = source
