@@ -10,6 +10,8 @@ import io
 import math
 import pickle
 import re
+import struct
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -43,6 +45,7 @@ class _Plain(pickle._Unpickler):
     stack: list[Any]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
 
     def load_empty_dictionary(self) -> None:
         self.append(_Dict())
@@ -59,12 +62,21 @@ class _Plain(pickle._Unpickler):
         items = self.pop_mark()
         self.stack[-1].update(map(_hashable, items))
 
+    def load_bytearray8(self) -> None:
+        # The original takes memory for as many bytes as a pickle says, before it looks for them.
+        (length,) = struct.unpack("<Q", self.read(8))
+        data = self.read(min(length, sys.maxsize))
+        if len(data) != length:
+            raise ValueError("a bytearray is cut short")
+        self.append(bytearray(data))
+
     dispatch: ClassVar[dict[int, Any]] = {
         **pickle._Unpickler.dispatch,
         pickle.EMPTY_DICT[0]: load_empty_dictionary,
         pickle.DICT[0]: load_dict,
         pickle.FROZENSET[0]: load_frozenset,
         pickle.ADDITEMS[0]: load_additems,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
     }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from delf_milvus.errors import ModelError
 from delf_milvus.features import Box, Features, clipped_box
 from delf_milvus.forking import OneProcess
 from delf_milvus.model import weights
@@ -83,7 +84,7 @@ class Extractor:
         that score below `min_attention` are no features.
 
         Raises UsageError for a box that leaves nothing of the photo, and in a process that was forked after its parent
-        had computed.
+        had computed, ModelError where the network computes values that are no features.
         """
         height, width = photo.shape[:2]
         x0, y0, x1, y1 = map(int, clipped_box(box, width, height))
@@ -174,7 +175,13 @@ class Extractor:
                 above = int(np.count_nonzero(attention >= self._least_attention))
                 attention, rows, own = attention[:above], rows[:above], own[:above]
             places = locations[rows] + np.array(offset, np.float32)
-            found.append(Features(places, scales[rows], attention, own, width, height, global_descriptor))
+            try:
+                one = Features(places, scales[rows], attention, own, width, height, global_descriptor)
+            except ValueError as error:
+                raise ModelError(
+                    f"The model {self.path} makes no sound features ({error}): it is damaged; take an intact copy."
+                ) from error
+            found.append(one)
         return found
 
     def _global_descriptors(self, maps: list[Tensor]) -> npt.NDArray[np.float32]:

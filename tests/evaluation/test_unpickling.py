@@ -146,3 +146,9 @@ def test_a_key_that_doubles_itself_is_refused_before_it_is_hashed() -> None:
 def test_an_array_of_nothing_takes_no_memory(shape: tuple[int, ...], protocol: int) -> None:
     with pytest.raises(ValueError, match="no whole pickle"):
         plain_pickle(pickle.dumps(np.empty(shape), protocol))
+
+
+@pytest.mark.parametrize("length", [1 << 40, (1 << 63) - 1, (1 << 64) - 1])
+def test_a_length_without_its_bytes_takes_no_memory(length: int) -> None:
+    with pytest.raises(ValueError, match=r"no whole pickle: (ValueError|UnpicklingError)"):
+        plain_pickle(b"\x80\x05\x96" + length.to_bytes(8, "little") + b"short.")

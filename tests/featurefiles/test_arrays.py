@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from featurefiles.samples import local_features, some_features
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from store.store_samples import random_features
 
@@ -16,6 +16,7 @@ from delf_milvus.featurefiles.arrays import LocalFeatures, maker
 from delf_milvus.features import Features, Fingerprint
 
 
+@settings(deadline=None)
 @given(some_features, st.integers(0, 40))
 def test_the_best_scores_are_kept_and_descriptors_have_unit_norm(found: LocalFeatures, count: int) -> None:
     features = found.features(count, "a file")

@@ -269,7 +269,8 @@ def safetensors(rng: random.Random, data: bytes, others: Sequence[bytes]) -> byt
         header["__metadata__"]["delf_milvus"] = of_json(rng, whole, [whole]).decode("utf-8", "replace")
         text = json.dumps(header).encode()
     else:
-        text = of_json(rng, json.dumps(header).encode(), [])
+        whole = json.dumps(header).encode()
+        text = of_json(rng, whole, [whole])
     if rng.random() < 0.2:
         tensors = damaged(rng, tensors, [tensors])
     return struct.pack("<Q", len(text)) + text + tensors

@@ -221,3 +221,13 @@ def test_a_photo_smaller_than_a_cell_has_an_empty_attention_map(model: Path) -> 
     features, attention = extractor(model).attended(np.zeros((5, 7, 3), np.uint8), 100)
     assert len(features) == 0
     np.testing.assert_array_equal(attention, np.zeros((5, 7), np.float32))
+
+
+def test_weights_whose_features_are_not_finite_are_told_as_a_damaged_model(tmp_path: Path) -> None:
+    state = dict(tiny_network().state_dict())
+    state["attention.conv2.bias"] = torch.full_like(state["attention.conv2.bias"], 3e38)
+    state["attention.conv2.weight"] = torch.full_like(state["attention.conv2.weight"], 3e38)
+    path = tmp_path / "model.safetensors"
+    weights.save(path, state, TINY)
+    with pytest.raises(ModelError, match=r"attention must be finite.*it is damaged"):
+        extractor(path, scales=(1.0,), selection="attention").extract(make_photo(0), 20)
