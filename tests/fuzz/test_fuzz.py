@@ -36,7 +36,7 @@ def test_whatever_an_input_does_to_a_process_is_found_and_its_input_saved(
 ) -> None:
     monkeypatch.setattr(fuzz_runner, "CHILD", BROKEN)
     monkeypatch.setenv("BROKEN_INPUT", input_)
-    outcome = fuzz("broken", tmp_path, inputs=3, seconds=60, processor_seconds=0.5)
+    outcome = fuzz("broken", tmp_path, inputs=3, seconds=60, processor_seconds=4)
     assert [one.kind for one in outcome.findings] == [kind]
     assert outcome.findings[0].path.read_bytes() == input_.encode()
     assert outcome.findings[0].path.with_suffix(".txt").exists()
