@@ -81,6 +81,14 @@ def usage(pid: int | None = None) -> Usage:
     return Usage(of.memory_info().rss / 1e6, of.num_fds(), of.num_threads())
 
 
+def in_use() -> Usage:
+    """What this process takes when all that is free went back to the system, where the C library can do that."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return usage()
+
+
 class Trend(NamedTuple):
     """A fitted line: its rise in an hour, the 95 % interval of that, and the mean."""
 
@@ -309,10 +317,8 @@ def extract(model: str, photos: list[RgbImage], count: int, one_size: bool) -> N
         photo = photos[number % len(photos)]
         extractor.extract(photo if one_size else np.ascontiguousarray(cut(photo, rng)), 60)
         if number % 150 == 0:
-            gc.collect()
             taken = usage().memory
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            print(f"{number:>6} photos: {taken:.0f} MB, in use {usage().memory:.0f}", flush=True)
+            print(f"{number:>6} photos: {taken:.0f} MB, in use {in_use().memory:.0f}", flush=True)
 
 
 def main() -> None:
