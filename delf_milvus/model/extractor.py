@@ -145,7 +145,9 @@ class Extractor:
         _computing.check()
         sides = regions.shape[1:3]
         shrink = min(1.0, self.plan.longest_side / max(sides))
-        pixels = torch.from_numpy(np.ascontiguousarray(regions))
+        # A copy, whatever its layout: a turned photo of one column counts as contiguous, and has strides that torch
+        # does not take.
+        pixels = torch.from_numpy(regions.copy(order="C"))
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
         levels = (self._level(pixels, scale * shrink) for scale in self.plan.scales)

@@ -231,3 +231,15 @@ def test_weights_whose_features_are_not_finite_are_told_as_a_damaged_model(tmp_p
     weights.save(path, state, TINY)
     with pytest.raises(ModelError, match=r"attention must be finite.*it is damaged"):
         extractor(path, scales=(1.0,), selection="attention").extract(make_photo(0), 20)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (40, 30)])
+def test_a_photo_of_any_shape_may_be_turned(shape: tuple[int, int], model: Path) -> None:
+    photo = make_photo(0)[: shape[0], : shape[1]].copy()
+    for turns in range(4):
+        turned = np.rot90(photo, turns)
+        features = extractor(model, scales=(1.0,)).extract(turned, 10)
+        assert (features.height, features.width) == turned.shape[:2]
+        np.testing.assert_array_equal(
+            features.descriptors, extractor(model, scales=(1.0,)).extract(turned.copy(), 10).descriptors
+        )
