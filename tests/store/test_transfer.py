@@ -434,3 +434,17 @@ def test_a_collection_for_fewer_features_is_refused_and_one_for_more_is_filled(t
         store.write([(ImageRecord("b"), items[0][1])])
         import_collection(store, tmp_path / "few")
         assert len(store.stored([items[0][0].key])[items[0][0].key][1]) == 20
+
+
+def test_a_footer_whose_names_are_no_text_is_refused(tmp_path: Path, exported: Path) -> None:
+    manifest = json.loads((exported / MANIFEST).read_text())
+    entry = manifest["parts"][0]["images"]
+    path = exported / entry["file"]
+    path.write_bytes(path.read_bytes().replace(b"image_id", b"image_\xd9d"))
+    entry["sha256"] = file_digest(path)
+    (exported / MANIFEST).write_text(json.dumps(manifest))
+    with (
+        open_store(tmp_path / "to.db") as store,
+        pytest.raises(InputError, match=r"images-00000\.parquet is damaged"),
+    ):
+        import_collection(store, exported)
