@@ -11,8 +11,9 @@ KUBERNETES := 1.31
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py --out demo
 
+# Each file's tests in one process, and more than four processes would only share the memory's bandwidth.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff format --check .

@@ -51,10 +51,10 @@ WINDOWS = {
     "rename partial images": "export: one file renamed, not all",
     "rename partial features": "export: files there, manifest not",
     "open partial manifest": "export: files there, manifest not",
-    "in create alias": "reindex: the switch",
-    "in alter alias": "reindex: the switch",
-    "after create alias": "reindex: switched, old one still there",
-    "after alter alias": "reindex: switched, old one still there",
+    "in create alias current": "reindex: the switch",
+    "in alter alias current": "reindex: the switch",
+    "after create alias current": "reindex: switched, old one still there",
+    "after alter alias current": "reindex: switched, old one still there",
 }
 """Phases in which something is half done, by the last event that was noted."""
 

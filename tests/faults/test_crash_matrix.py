@@ -59,6 +59,7 @@ def test_a_kill_in_the_midst_of_things_is_mended_by_the_same_command(
     [
         ("update", "tool", "after delete images"),
         ("prune", "tool", "after delete images"),
+        ("reindex", "tool", "after create alias current"),
         ("ingest", "server", "after insert features"),
         ("delete", "server", "after delete images"),
     ],

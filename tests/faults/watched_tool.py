@@ -116,8 +116,10 @@ class _Call:
 
 
 def _kind(request: Any) -> str:
-    names = [getattr(request, "collection_name", ""), *getattr(request, "collection_names", ())]
-    kinds = (kind for kind in ("features", "images") for name in names if name.endswith(f"_{kind}"))
+    # An alias is told apart by its own name, not by what it stands for.
+    own = getattr(request, "alias", "") or getattr(request, "collection_name", "")
+    names = [own, *getattr(request, "collection_names", ())]
+    kinds = (kind for kind in ("features", "images", "current") for name in names if name.endswith(f"_{kind}"))
     return f" {found}" if (found := next(kinds, "")) else ""
 
 
