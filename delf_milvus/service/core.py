@@ -173,14 +173,15 @@ class Service:
     async def database_answers(self) -> bool:
         """Whether the database answers now, or did a second ago. A question that is still open is not asked again.
 
-        While the breaker is open it is not asked; once a trial may pass, this is one.
+        While the breaker is open it is not asked; once a trial may pass, this is one, whatever was answered before.
         """
         try:
             self.breaker.check()
         except OpenError:
             return False
         found, when = self._probed
-        if time.monotonic() - when < _PROBE_VALID:
+        # An answer from before the breaker opened says nothing of now.
+        if self.breaker.state == "closed" and time.monotonic() - when < _PROBE_VALID:
             return found
         if self._probe is None or self._probe.done():
             self._probe = asyncio.ensure_future(self._counted())

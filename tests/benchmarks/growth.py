@@ -1,11 +1,16 @@
-"""How search, build, memory and disk grow with the rows, on the test server (Linux x86-64), under IVF_PQ.
+"""How everything grows with the rows, on the test server (Linux x86-64), under IVF_PQ.
 
-    python tests/benchmarks/growth.py --rows 100000 1000000 5000000
+    python tests/benchmarks/growth.py --rows 1000000 10000000
 
 Images of 1000 synthetic features are written until each number of rows is reached; then the index is built, the server
-is killed and started again, the collection loaded, and measured: a search for 1000 descriptors, 120 neighbours each, 32
-lists visited (median of 10), the server's resident memory, the size of its files. The slope is the exponent of the
-power of the rows by which a figure grew since the line before.
+is killed and started again, the collection loaded, and measured:
+
+- search: whole, for the 1000 features of another photo of a stored image, 120 neighbours each, 32 lists visited, 100
+  candidates matched and verified; its steps; how many of the photos were found first, and verified (medians of 10);
+- ingest: of 20 images more, with their index; delete: of the same;
+- memory: of the server's process; disk: of all its files.
+
+The slope is the exponent of the power of the rows by which a figure grew since the line before.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,12 +29,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from milvus_server import WheelServer
 
-from delf_milvus.planning.synthetic import MODEL, images, query
-from delf_milvus.settings import Profile, StoreSettings
+from delf_milvus import DelfIndex
+from delf_milvus.features import Features
+from delf_milvus.planning.synthetic import MODEL, image, images, query
+from delf_milvus.settings import Profile, Settings, StoreSettings
 from delf_milvus.store.feature_store import FeatureStore
 
 FEATURES = 1000
-NEIGHBOURS = 120
+SEARCHES = 10
+CHANGED = 20
+STEPS = ("neighbours", "vote", "geometry", "match", "verify")
 
 
 def main() -> None:
@@ -46,42 +56,70 @@ def main() -> None:
 
 
 def grow(server: WheelServer, folder: Path, sizes: list[int], profile: Profile) -> None:
-    names = ("rows", "write rows/s", "build s", "load s", "search ms", "memory MB", "disk MB")
-    print("  ".join(f"{name:>12}" for name in (*names, "slope of search")), flush=True)
-    before: tuple[int, float] | None = None
+    before: dict[str, float] = {}
     written = 0
     settings = StoreSettings(timeout=600)
     for rows in sizes:
-        store = FeatureStore.open(server.uri, "growth", MODEL, settings, max_features=FEATURES)
-        started = time.perf_counter()
-        for items in images(written // FEATURES, rows // FEATURES, FEATURES):
-            store.write(items)
-        speed = (rows - written) / (time.perf_counter() - started)
-        written = rows
-        started = time.perf_counter()
-        store.build_index(profile)
-        built = time.perf_counter() - started
-        store.close()
-        server.restart()
-        store = FeatureStore.open(server.uri, "growth", MODEL, settings, max_features=FEATURES)
-        started = time.perf_counter()
-        store.neighbours(query(0, FEATURES), NEIGHBOURS)
-        loaded = time.perf_counter() - started
-        seconds = []
-        for number in range(10):
-            wanted = query(number, FEATURES)
+        figures: dict[str, float] = {"rows": rows}
+        with FeatureStore.open(server.uri, "growth", MODEL, settings, max_features=FEATURES) as store:
             started = time.perf_counter()
-            store.neighbours(wanted, NEIGHBOURS)
-            seconds.append(time.perf_counter() - started)
-        search = float(np.median(seconds))
-        slope = "" if before is None else f"{math.log(search / before[1]) / math.log(rows / before[0]):.2f}"
-        before = rows, search
-        values = (rows, speed, built, loaded, 1e3 * search, resident(server) / 1e6, size(folder) / 1e6)
-        print("  ".join(f"{value:12.0f}" for value in values) + f"  {slope:>12}", flush=True)
-        status = store.index_status()
+            for items in images(written // FEATURES, rows // FEATURES, FEATURES):
+                store.write(items)
+            figures["write rows/s"] = (rows - written) / (time.perf_counter() - started)
+            written = rows
+            started = time.perf_counter()
+            store.build_index(profile)
+            figures["build s"] = time.perf_counter() - started
+        server.restart()
+        with DelfIndex.open(server.uri, collection="growth", made_by=MODEL, settings=Settings(store=settings)) as index:
+            started = time.perf_counter()
+            index.search(seen_again(0))
+            figures["first search s"] = time.perf_counter() - started
+            figures |= searched(index, rows // FEATURES)
+            figures["memory MB"] = resident(server) / 1e6
+            figures["disk MB"] = size(folder) / 1e6
+            figures |= changed(index.store, rows // FEATURES)
+            status = index.store.index_status()
+        for name, value in figures.items():
+            slope = math.log(value / before[name]) / math.log(rows / before["rows"]) if before.get(name) else math.nan
+            print(f"{name:>20} {value:14,.1f}" + ("" if math.isnan(slope) else f"  slope {slope:.2f}"), flush=True)
         estimate = f"about {status.memory_bytes / 1e6:.0f} MB"
-        print(f"    {status.index} {dict(status.params)}, {status.segments} segments, {estimate}", flush=True)
-        store.close()
+        print(f"    {status.index} {dict(status.params)}, {status.segments} segments, {estimate}\n", flush=True)
+        before = figures
+
+
+def searched(index: DelfIndex, stored: int) -> dict[str, float]:
+    """Milliseconds of whole searches and of their steps, and how many found the image that the query shows."""
+    steps: dict[str, list[float]] = {"search": [], **{step: [] for step in STEPS}}
+    right = 0
+    for number in np.linspace(0, stored - 1, SEARCHES).astype(int).tolist():
+        query = seen_again(number)
+        started = time.perf_counter()
+        result = index.search(query)
+        steps["search"].append(time.perf_counter() - started)
+        for step in STEPS:
+            steps[step].append(getattr(result.timings, step))
+        right += bool(result.hits) and result.hits[0].image_id == image(number, 0)[0].image_id
+    return {f"{step} ms": 1e3 * float(np.median(seconds)) for step, seconds in steps.items()} | {"found first": right}
+
+
+def changed(store: FeatureStore, stored: int) -> dict[str, float]:
+    """Images a second that come beside all others, index included, and that go again."""
+    items = [image(number, FEATURES) for number in range(stored, stored + CHANGED)]
+    started = time.perf_counter()
+    store.write(items)
+    came = time.perf_counter()
+    store.delete([record.image_id for record, _ in items])
+    return {"ingest images/s": CHANGED / (came - started), "delete images/s": CHANGED / (time.perf_counter() - came)}
+
+
+def seen_again(number: int) -> Features:
+    """Another photo of what image `number` shows: a third of its features, where a smaller copy has them."""
+    rng = np.random.default_rng((number, 2))
+    _, there = image(number, FEATURES)
+    locations = rng.uniform(0, (639, 479), (FEATURES, 2))
+    locations[: FEATURES // 3] = 0.8 * there.locations[: FEATURES // 3] + 40
+    return replace(there, locations=locations.astype(np.float32), descriptors=query(number, FEATURES))
 
 
 def resident(server: WheelServer) -> int:
