@@ -112,6 +112,7 @@ class WheelServer:
     def __init__(self, folder: Path, config: Mapping[str, str | int | bool] | None = None) -> None:
         from milvus import MilvusServer
 
+        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self.storage = folder / "data"
         unpacked = MilvusServer(data_dir=str(folder))

@@ -74,7 +74,6 @@ def run(options: argparse.Namespace) -> None:
         material = make(folder / "material", options.images, options.photos)
         server = None
         if options.database == "server":
-            (folder / "milvus").mkdir()
             server = WheelServer(folder / "milvus")
             stack.callback(server.kill)
         trials = Trials(material, folder / "places", server)
