@@ -7,8 +7,9 @@ import platform
 import signal
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 # Before torch loads: see the command line's `run`.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,6 +22,8 @@ from milvus_server import COMPOSE, DockerServer, Server, WheelServer, compose_en
 from numpy.typing import NDArray
 from pymilvus import MilvusClient
 from pytest_docker.plugin import DockerComposeExecutor, Services
+
+from delf_milvus.retrieval.answers import Hit
 
 # A suite that a shell starts in the background ignores Ctrl-C, and so would all that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -71,6 +74,12 @@ def save_photo(path: Path, photo: RgbImage) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))
     return path
+
+
+def the_same(hits: Sequence[Hit]) -> list[dict[str, Any]]:
+    """What hits beside other searches must equal. The embedded database may sum up a similarity in another order then,
+    and the score is made of similarities."""
+    return [{**hit.to_dict(), "score": pytest.approx(hit.score, rel=1e-6)} for hit in hits]
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_photo, save_photo
+from conftest import make_photo, save_photo, the_same
 from milvus_server import Server, servers
 from pymilvus import MilvusClient
 from store.store_samples import MODEL, random_items
@@ -76,7 +76,7 @@ def test_searchers_beside_a_writer_see_an_image_whole_or_not_at_all(place: Setti
             index.add(make_photo(seed), f"{seed}", {"year": 1})
         queries = [index.query(make_photo(seed)).features for seed in (0, 10, 11)]
         old = {"year": 1}
-        alone = [[hit.to_dict() for hit in index.search(query, filter=old).hits] for query in queries]
+        alone = [the_same(index.search(query, filter=old).hits) for query in queries]
         # What each query finds of the changing image, in each of its versions; of the others it is always the same.
         allowed: list[set[tuple[Any, ...] | None]] = [set() for _ in queries]
         others: list[Evidence] = [{} for _ in queries]

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import RgbImage, make_photo, save_photo
+from conftest import RgbImage, make_photo, save_photo, the_same
 from PIL import Image
 
 from delf_milvus import DelfIndex, DelfMilvusError, Settings
@@ -95,9 +95,9 @@ def test_every_kind_of_image_gives_the_same_answer(index: DelfIndex, tmp_path: P
     assert result.hits[0].to_dict() == index.search(photo).hits[0].to_dict()
 
 
-def test_the_same_query_gives_the_same_bytes_from_many_threads(index: DelfIndex) -> None:
+def test_the_same_query_gives_the_same_answer_from_many_threads(index: DelfIndex) -> None:
     queries = [cropped(seed) for seed in (0, 1, 2, 3)] * 3
-    expected = [[h.to_dict() for h in index.search(q, include_unverified=True).hits] for q in queries[:4]]
+    expected = [the_same(index.search(q, include_unverified=True).hits) for q in queries[:4]]
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda q: index.search(q, include_unverified=True), queries))
     for number, result in enumerate(results):
