@@ -35,6 +35,12 @@ class DatabaseError(DelfMilvusError):
     exit_code = 3
 
 
+class ClusterError(DelfMilvusError):
+    """A Ray cluster cannot be reached or started, or failed at work."""
+
+    exit_code = 3
+
+
 class CollectionError(DelfMilvusError):
     """A collection was made by another model, another schema or other software."""
 

@@ -22,7 +22,9 @@ from delf_milvus.featurefiles.arrays import LocalFeatures
 from delf_milvus.featurefiles.formats import read_place
 from delf_milvus.features import Box, Features, Fingerprint, clipped_box
 from delf_milvus.imaging.decode import Source, source_digest
-from delf_milvus.ingestion.pipeline import IngestReport, Progress, gone, ingest_photos
+from delf_milvus.imaging.remote import is_address
+from delf_milvus.ingestion.addresses import scan_addresses
+from delf_milvus.ingestion.pipeline import Engine, IngestReport, Progress, gone, ingest_files, photos_here
 from delf_milvus.ingestion.precomputed import gone_features, ingest_features, maker_of, scan_features
 from delf_milvus.ingestion.reindex import ReindexReport, reindex
 from delf_milvus.ingestion.scan import Scan, read_listing, scan
@@ -159,30 +161,34 @@ class DelfIndex:
     ) -> IngestReport:
         """Store the photos of folders; an image's id is `id_prefix` and its POSIX path relative to its folder.
 
-        Stored photos with the same content and model are left alone. ids_from: a CSV or JSONL file with `path`,
+        paths: folders and photos; or addresses of them, such as `s3://bucket/photos`, for whatever fsspec reads. Stored
+        photos with the same content and model are left alone. ids_from: a CSV, JSONL or Parquet file with `path`,
         optional `id` and metadata; only its photos are ingested. prune: remove images of these folders whose file is
-        gone. A photo that fails is listed in the report and stops nothing else. shard: (i, n) takes, and prunes, part i
-        of n alone, counted from 0, by the images' keys; n such calls, in any processes, store what one without it
+        gone. Where `settings.ingest.engine` is `ray`, the workers of a Ray cluster read and extract, and this process
+        writes. A photo that fails is listed in the report and stops nothing else. shard: (i, n) takes, and prunes, part
+        i of n alone, counted from 0, by the images' keys; n such calls, in any processes, store what one without it
         does, but leave the index of the descriptors as it is: when all have ended, call `build_index` once.
 
-        Raises InputError for a path that does not exist, UsageError for two photos with one id or a shard that there
-        is none, DatabaseError.
+        Raises InputError for a path that does not exist, UsageError for two photos with one id, for folders together
+        with addresses, for a shard that there is none and where Ray is asked for and not installed, ClusterError,
+        DatabaseError.
         """
         self._check_own()
+        engine = self._engine(dry_run)
         listing = None if ids_from is None else read_listing(Path(ids_from))
-        roots = [Path(path) for path in paths]
         part = None if shard is None else Shard(*shard)
-        scanned = scan(roots, id_prefix=id_prefix, follow_links=self.settings.ingest.follow_links, listing=listing)
-        report = ingest_photos(
-            self._part(scanned, part),
-            self._store,
-            lambda: self._matcher.extractor,
-            self._matcher.fingerprint,
-            self.settings,
-            dry_run=dry_run,
-            progress=progress,
+        addresses = [str(path) for path in paths if is_address(str(path))]
+        if addresses and len(addresses) < len(paths):
+            raise UsageError("Folders and addresses have rules of their own: ingest them one after the other.")
+        if addresses:
+            scanned = scan_addresses(addresses, id_prefix=id_prefix, listing=listing)
+        else:
+            roots, follow_links = [Path(path) for path in paths], self.settings.ingest.follow_links
+            scanned = scan(roots, id_prefix=id_prefix, follow_links=follow_links, listing=listing)
+        report = ingest_files(
+            self._part(scanned, part), self._store, engine, self.settings, dry_run=dry_run, progress=progress
         )
-        missing = partial(gone, self._store, scanned.roots, report.failures)
+        missing = partial(gone, self._store, scanned, report.failures)
         return self._ingested(report, missing if prune else None, dry_run, part)
 
     def ingest_features(
@@ -228,6 +234,14 @@ class DelfIndex:
         )
         missing = partial(gone_features, self._store, scanned, report.failures)
         return self._ingested(report, missing if prune else None, dry_run, part)
+
+    def _engine(self, dry_run: bool) -> Engine:
+        """What reads and extracts photos."""
+        if self.settings.ingest.engine == "ray":
+            from delf_milvus.ingestion.distributed import OnRay
+
+            return OnRay(self.settings, self._matcher.fingerprint, dry_run=dry_run)
+        return photos_here(lambda: self._matcher.extractor, self._matcher.fingerprint, self.settings, dry_run=dry_run)
 
     def _part(self, scanned: Scan, shard: Shard | None) -> Scan:
         return scanned if shard is None else shard.of(scanned, self.settings.store.tenant)

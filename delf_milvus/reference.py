@@ -47,6 +47,7 @@ REASONS = {
     "store.batch_bytes": "far below the largest message",
     "store.bulk_from": "an import waits some ten seconds, in which that many rows go by upserts",
     "ingest.on_error": "one damaged photo should not end a night's work; the exit code tells of it",
+    "ingest.engine": "needs no cluster",
     "ingest.decode_threads": "decoding takes a few per cent of a CPU network's time, and most of a GPU's",
     "ingest.queue": "enough to bridge a slow photo",
     "search.candidates": "measured: 200 add 0.004 to 0.005 mAP on places, for twice the work",

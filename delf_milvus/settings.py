@@ -51,6 +51,8 @@ Runtime = Literal["torch", "openvino"]
 
 Device = Literal["auto", "cpu", "cuda"]
 
+EngineName = Literal["local", "ray"]
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -255,6 +257,11 @@ class IngestSettings(_Stage):
     """How a folder becomes rows."""
 
     on_error: Literal["skip", "stop"] = Field(default="skip", description="What a photo that fails does to the run.")
+    engine: EngineName = Field(
+        default="local",
+        description="What reads and extracts photos: local is this process, ray the workers of a Ray cluster (needs the "
+        "extra of that name).",
+    )
     decode_threads: int | None = Field(
         default=None,
         ge=1,
@@ -268,6 +275,23 @@ class IngestSettings(_Stage):
         description="Decoded photos that wait, at most (for a GPU 64 more): bounds memory.",
     )
     follow_links: bool = Field(default=True, description="Descend into linked folders (each real folder once).")
+
+
+class RaySettings(_Stage):
+    """The cluster of `ingest --engine ray`, and what each of its workers takes of it."""
+
+    address: str = Field(
+        default="",
+        description="host:port, or ray://host:port, of the cluster. Empty: what RAY_ADDRESS says, or one of this "
+        "machine's own for the run.",
+    )
+    actors: int | None = Field(
+        default=None,
+        ge=1,
+        description="Workers, each with a model of its own. None: as many as the cluster has room for.",
+    )
+    cpus: float = Field(default=1.0, gt=0, description="Processors of a worker, and threads of its network.")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs of a worker, or its share of one: 0.5.")
 
 
 class SearchSettings(_Stage):
@@ -417,6 +441,7 @@ class Settings(BaseSettings):
     extract: ExtractSettings = ExtractSettings()
     store: StoreSettings = StoreSettings()
     ingest: IngestSettings = IngestSettings()
+    ray: RaySettings = RaySettings()
     search: SearchSettings = SearchSettings()
     verify: VerifySettings = VerifySettings()
     service: ServiceSettings = ServiceSettings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 
 from delf_milvus.cli.completion import presets
@@ -19,10 +20,18 @@ if TYPE_CHECKING:
 
 def ingest(
     context: typer.Context,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders (searched recursively) or photos.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            click_type=click.Path(),
+            help="Folders (searched recursively) or photos; or their addresses, as in s3://bucket/photos.",
+        ),
+    ],
     id_prefix: Annotated[str, typer.Option(help="Put before every image id.")] = "",
     ids_from: Annotated[
-        Path | None, typer.Option(help="CSV or JSONL with path, id and metadata; only its photos are ingested.")
+        Path | None,
+        typer.Option(help="CSV, JSONL or Parquet with path, id and metadata; only its photos are ingested."),
     ] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Remove images of these folders that left the disk.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
@@ -55,6 +64,19 @@ def ingest(
             help="Take part I of N alone, counted from 0, as one of a job array; when all have ended, run index build.",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="local or ray: what reads and extracts, this process or a Ray cluster. Default: local"),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="host:port of the Ray cluster. Default: RAY_ADDRESS, or one for the run on this machine"),
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Workers on the cluster. Default: as many as it has room for")
+    ] = None,
+    actor_cpus: Annotated[float | None, typer.Option(help="Processors of each worker. Default: 1")] = None,
+    actor_gpus: Annotated[float | None, typer.Option(help="GPUs of each worker, or its share. Default: 0")] = None,
 ) -> None:
     """Store the photos of folders; what is stored already and unchanged is left alone.
 
@@ -62,14 +84,19 @@ def ingest(
 
     Example: delf-milvus ingest photos/ --shard 0/8
 
+    Example: delf-milvus ingest s3://bucket/photos --engine ray --actors 8 --actor-gpus 1
+
     Example: delf-milvus --collection superpoint ingest --features feats.h5 --features-name superpoint-v1
     """
     if features_name is not None and not features:
         raise UsageError("--features-name says who made feature files: give --features too.")
+    if features and engine == "ray":
+        raise UsageError("--engine ray extracts photos; feature files need none: leave one of it and --features out.")
     part = None if shard is None else _shard(shard)
     state = state_of(context)
     stages: Stages = {
-        "ingest": {"on_error": on_error},
+        "ingest": {"on_error": on_error, "engine": engine},
+        "ray": {"address": ray_address, "actors": actors, "cpus": actor_cpus, "gpus": actor_gpus},
         "extract": {"preset": preset, "stored_features": count},
         "store": {"fields": _declarations(field or []) or None, "tenant_field": tenant_field},
     }

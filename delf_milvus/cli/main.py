@@ -34,6 +34,7 @@ from delf_milvus.cli.examples import examples_last
 from delf_milvus.cli.output import say
 from delf_milvus.cli.state import State
 from delf_milvus.errors import DelfMilvusError, one_line
+from delf_milvus.model.environment import prepare_environment
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +45,7 @@ app = typer.Typer(
         "Example: delf-milvus ingest photos/\n\n"
         "Example: delf-milvus search query.jpg --out matches/\n\n"
         "Exit codes: 0 done, or a match; 1 no match, some files failed, or fsck found damage; 2 usage; "
-        "3 database unreachable, or a doctor's check failed; "
+        "3 database or Ray cluster unreachable, or a doctor's check failed; "
         "4 collection and model do not fit; 5 unreadable input; 130 interrupted."
     ),
 )
@@ -120,11 +121,7 @@ def run() -> None:
     if sys.stderr is None:
         # Closed by the caller: the next file to be opened, perhaps the database, would get what C code prints.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
-    # oneDNN compiles its kernels for each size of photo and keeps 1024 of them, which is some 20 sizes: folders with
-    # more would compile anew for every photo.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
-    # Threads that wait by spinning starve the ones that decode and write, tenfold where other programs run too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_environment()
     # A refused certificate is told in our sentence; gRPC's core would print it too.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:

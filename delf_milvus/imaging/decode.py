@@ -32,6 +32,9 @@ Source: TypeAlias = str | Path | bytes | Image.Image | RgbImage
 # Pillow also knows formats whose readers start other programs (EPS) or that are no photos. MPO comes with JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF", "JPEG2000")
 
+TOO_LARGE = "shrink it, or raise the setting decode.max_bytes"
+"""What to do about a photo of too many bytes."""
+
 _ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE_TAG = 258
 _UPRIGHT = {
@@ -87,7 +90,7 @@ def read_bytes(path: Path, limits: DecodeSettings) -> bytes:
 
     Raises InputError as `read_file` does, ImageError for an empty file.
     """
-    data = read_file(path, limits.max_bytes, "shrink it, or raise the setting decode.max_bytes")
+    data = read_file(path, limits.max_bytes, TOO_LARGE)
     if not data:
         raise ImageError(f"{one_line(path)} is empty.")
     return data

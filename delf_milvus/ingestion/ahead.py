@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -38,7 +38,7 @@ class Ahead(Generic[P, T]):
     their number. A context manager: what was not begun when it ends never is.
     """
 
-    def __init__(self, prepare: Callable[[P], T], things: Sequence[P], settings: IngestSettings) -> None:
+    def __init__(self, prepare: Callable[[P], T], things: Iterable[P], settings: IngestSettings) -> None:
         self._prepare, self._things, self._settings = prepare, things, settings
         self._threads = settings.decode_threads or BESIDE_CPU
         self._gate = threading.Semaphore(self._threads)

@@ -1,6 +1,8 @@
 """From scanned files to stored rows: read and decode in threads, extract here, write in a thread of its own.
 
-The files are photos here; `precomputed` feeds the same pipeline with features that were made elsewhere.
+The files are photos here; `precomputed` feeds the same pipeline with features that were made elsewhere. Reading,
+decoding and extracting are an engine's: `Here` is this process, `distributed` a Ray cluster each of whose workers has a
+`Here` of its own. What becomes of the outcomes, and every write, is decided in this process whichever engine it is.
 
 - At most `queue` decoded photos wait for the network (on a GPU: and 64 more) and at most two batches for the database:
   memory does not grow with the folder, only with the size of its photos (three bytes a pixel).
@@ -16,8 +18,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -25,10 +28,11 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from delf_milvus.errors import InputError, one_line
 from delf_milvus.features import Features, Fingerprint
-from delf_milvus.imaging.decode import RgbImage, content_digest, decode, read_bytes
+from delf_milvus.imaging import remote
+from delf_milvus.imaging.decode import RgbImage, content_digest, decode
 from delf_milvus.ingestion.ahead import Ahead, PhotoExtraction, ready
 from delf_milvus.ingestion.scan import Failure, Photo, Scan
-from delf_milvus.settings import Settings
+from delf_milvus.settings import IngestSettings, Settings
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.records import ImageRecord
 
@@ -102,6 +106,25 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Work:
+    """A file to look at.
+
+    record: as it would be stored, but for the content's hash; or why it cannot be. stored: what the collection has of
+    this id, if anything.
+    """
+
+    photo: Photo
+    record: ImageRecord | InputError
+    stored: ImageRecord | None
+
+    def described(self, sha256: str) -> ImageRecord:
+        """The record with the content's hash; raises InputError where it cannot be stored."""
+        if isinstance(self.record, InputError):
+            raise self.record
+        return replace(self.record, sha256=sha256)
+
+
+@dataclass(frozen=True)
 class Prepared(Generic[T]):
     """A file after reading.
 
@@ -115,33 +138,29 @@ class Prepared(Generic[T]):
     moved: bool = False
 
 
-def ingest_photos(
-    scanned: Scan,
-    store: FeatureStore,
-    load_extractor: Callable[[], Extractor],
-    fingerprint: Fingerprint,
-    settings: Settings,
-    *,
-    dry_run: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-) -> IngestReport:
-    """Store the scanned photos; the report counts what happened to each.
+@dataclass(frozen=True)
+class Outcome:
+    """A file after extraction.
 
-    load_extractor: called when a photo needs extraction.
-
-    Raises DatabaseError when the database fails.
+    kept: the same content is stored already. features: None of what is kept, and in a dry run. The others as of
+    `Prepared`.
     """
 
-    def prepare(photo: Photo, stored: ImageRecord | None) -> Prepared[RgbImage]:
-        data = read_bytes(photo.path, settings.decode)
-        record = store.typed(described(photo, content_digest(data), stored))
-        return prepared(
-            record, stored, fingerprint, os.path.isfile, lambda: decode(data, settings.decode, str(photo.path))
-        )
+    record: ImageRecord
+    features: Features | None
+    is_update: bool
+    kept: bool
+    moved: bool = False
 
-    return ingest_files(
-        scanned, store, prepare, PhotoExtraction(load_extractor), settings, dry_run=dry_run, progress=progress
-    )
+
+Outcomes = Generator[tuple[Photo, Outcome | InputError], None, None]
+"""Files with their outcomes, or why they failed. Whoever does not take all of them closes it."""
+
+
+class Engine(Protocol):
+    """Reads files and extracts their features. The outcomes may come in any order."""
+
+    def __call__(self, works: Iterable[Work], /) -> Outcomes: ...
 
 
 class Extraction(Protocol[T_contra]):
@@ -154,19 +173,98 @@ class Extraction(Protocol[T_contra]):
     def __call__(self, contents: Sequence[tuple[str, T_contra]], /) -> list[Features | InputError]: ...
 
 
-def ingest_files(
+@dataclass(frozen=True)
+class Here(Generic[T]):
+    """The engine that this process is: `prepare` a file in a thread, `extract` its features in the calling one.
+
+    `prepare` may raise InputError, which fails that file. dry_run: nothing is extracted. The outcomes come in the order
+    of the files; where the settings say that the first failure stops a run, nothing behind it is extracted.
+    """
+
+    prepare: Callable[[Work], Prepared[T]]
+    extract: Extraction[T]
+    settings: IngestSettings
+    dry_run: bool = False
+
+    def __call__(self, works: Iterable[Work], /) -> Outcomes:
+        """See `Engine`."""
+        with Ahead(self.prepare, works, self.settings) as ahead:
+            taken = iter(ahead)
+            while group := list(islice(taken, self.extract.at_once)):
+                yield from self._outcomes(group)
+                ahead.widen(self.extract.at_once)
+
+    def _outcomes(self, group: Sequence[tuple[Work, Future[Prepared[T]]]]) -> Outcomes:
+        items: list[tuple[Photo, Prepared[T] | InputError]] = []
+        for work, future in group:
+            item = ready(future)
+            items.append((work.photo, item))
+            if isinstance(item, InputError) and self.settings.on_error == "stop":
+                break
+        wanted = [
+            (item.record.uri, item.content)
+            for _, item in items
+            if isinstance(item, Prepared) and item.content is not None and not self.dry_run
+        ]
+        extracted = iter(self.extract(wanted) if wanted else [])
+        for photo, item in items:
+            if isinstance(item, InputError):
+                yield photo, item
+                continue
+            kept = item.content is None
+            features = None if kept or self.dry_run else next(extracted)
+            if isinstance(features, InputError):
+                yield photo, features
+            else:
+                yield photo, Outcome(item.record, features, item.is_update, kept, item.moved)
+
+
+def photos_here(
+    load_extractor: Callable[[], Extractor], fingerprint: Fingerprint, settings: Settings, *, dry_run: bool = False
+) -> Here[RgbImage]:
+    """The engine for photos. load_extractor: called when a photo needs extraction. fingerprint: of that extractor."""
+
+    def prepare(work: Work) -> Prepared[RgbImage]:
+        photo = work.photo
+        data = photo.read(settings.decode)
+        record = work.described(content_digest(data))
+        return prepared(record, work.stored, fingerprint, _is_there, lambda: decode(data, settings.decode, photo.place))
+
+    return Here(prepare, PhotoExtraction(load_extractor), settings.ingest, dry_run)
+
+
+def ingest_photos(
     scanned: Scan,
     store: FeatureStore,
-    prepare: Callable[[Photo, ImageRecord | None], Prepared[T]],
-    extract: Extraction[T],
+    load_extractor: Callable[[], Extractor],
+    fingerprint: Fingerprint,
     settings: Settings,
     *,
     dry_run: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> IngestReport:
-    """The pipeline: `prepare` a file, whose stored record is given, in a thread, `extract` its features in this one.
+    """Store the scanned photos, extracted in this process; the report counts what happened to each.
 
-    `prepare` may raise InputError, which fails that file. Raises DatabaseError when the database fails.
+    load_extractor: called when a photo needs extraction.
+
+    Raises DatabaseError when the database fails.
+    """
+    engine = photos_here(load_extractor, fingerprint, settings, dry_run=dry_run)
+    return ingest_files(scanned, store, engine, settings, dry_run=dry_run, progress=progress)
+
+
+def ingest_files(
+    scanned: Scan,
+    store: FeatureStore,
+    engine: Engine,
+    settings: Settings,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> IngestReport:
+    """The pipeline: what the engine makes of the scanned files is written, in batches.
+
+    Raises DatabaseError when the database fails, and what the engine raises.
     """
     started = time.monotonic()
     report = IngestReport(failures=list(scanned.failures), others=scanned.others)
@@ -178,36 +276,43 @@ def ingest_files(
         report.stopped = True
         return report
     extracted = 0
+    failed: list[tuple[str, Failure]] = []
     writer = _Writer(store)
-    run = _Run(report, writer, extract, dry_run)
+    run = _Run(report, writer)
 
     def tell(done: int) -> None:
         if progress is not None:
             seconds = time.monotonic() - started
-            progress(Progress(done, len(scanned.photos), extracted, report.failed, seconds))
+            number = report.failed + len(failed)
+            progress(Progress(done, len(scanned.photos), extracted, number, seconds))
 
-    def looked_up(photo: Photo) -> Prepared[T]:
+    def work(photo: Photo) -> Work:
+        stored = known.get(photo.image_id)
         if photo.image_id in lost and not photo.metadata:
             photo = replace(photo, metadata=lost[photo.image_id])
-        return prepare(photo, known.get(photo.image_id))
+        try:
+            return Work(photo, store.typed(described(photo, "", stored)), stored)
+        except InputError as error:
+            return Work(photo, error, stored)
 
-    done = 0
-    with Ahead(looked_up, scanned.photos, settings.ingest) as ahead, writer:
+    with closing(engine(map(work, scanned.photos))) as outcomes, writer:
         try:
             tell(0)
-            taken = iter(ahead)
-            while not report.stopped and (group := list(islice(taken, extract.at_once))):
-                for photo, outcome in run.take(group, stop_at_failure):
-                    if isinstance(outcome, InputError):
-                        report.failures.append(Failure(photo.place, str(outcome)))
-                        report.stopped = stop_at_failure
-                    else:
-                        extracted += outcome
-                    done += 1
-                    tell(done)
-                ahead.widen(extract.at_once)
+            for done, (photo, outcome) in enumerate(outcomes, start=1):
+                if isinstance(outcome, InputError):
+                    failed.append((photo.image_id, Failure(photo.place, str(outcome))))
+                    report.stopped = stop_at_failure
+                else:
+                    run.take(outcome)
+                    extracted += not outcome.kept
+                tell(done)
+                if report.stopped:
+                    break
         except KeyboardInterrupt:
             report.interrupted = True
+    # An engine may be ready with some before others; a report is in the order of the ids.
+    report.failures += [failure for _, failure in sorted(failed, key=lambda one: one[0])]
+    report.sparse.sort()
     if not dry_run:
         store.describe(run.moved)
     report.seconds = time.monotonic() - started
@@ -216,77 +321,43 @@ def ingest_files(
 
 
 @dataclass
-class _Run(Generic[T]):
-    """What happens to each prepared file, and the counts of it."""
+class _Run:
+    """What is done about each outcome, and the counts of it."""
 
     report: IngestReport
     writer: _Writer
-    extract: Extraction[T]
-    dry_run: bool
     moved: list[ImageRecord] = field(default_factory=list)
 
-    def take(
-        self, group: Sequence[tuple[Photo, Future[Prepared[T]]]], stop_at_failure: bool
-    ) -> Iterator[tuple[Photo, bool | InputError]]:
-        """Extract and hand over files: whether each needed extraction, or why it failed.
-
-        stop_at_failure: nothing behind the first file that fails is handed over.
-        """
-        outcomes: list[tuple[Photo, Prepared[T] | InputError]] = []
-        for photo, future in group:
-            outcome = ready(future)
-            outcomes.append((photo, outcome))
-            if stop_at_failure and isinstance(outcome, InputError):
-                break
-        wanted = [
-            (item.record.uri, item.content)
-            for _, item in outcomes
-            if isinstance(item, Prepared) and item.content is not None and not self.dry_run
-        ]
-        extracted = iter(self.extract(wanted) if wanted else [])
-        for photo, item in outcomes:
-            if isinstance(item, InputError):
-                yield photo, item
-                continue
-            if item.content is None:
-                self._keep(item)
-                yield photo, False
-                continue
-            features = None if self.dry_run else next(extracted)
-            if isinstance(features, InputError):
-                yield photo, features
-                if stop_at_failure:
-                    return
-                continue
-            self._put(item, features)
-            yield photo, True
-
-    def _keep(self, item: Prepared[T]) -> None:
-        self.report.unchanged += not item.moved
-        self.report.updated += item.moved
-        if item.moved:
-            self.moved.append(item.record)
-
-    def _put(self, item: Prepared[T], features: Features | None) -> None:
-        """features: None in a dry run."""
+    def take(self, outcome: Outcome) -> None:
+        """Hand an image over to be written, or note that it is there."""
         report = self.report
-        if features is not None:
-            self.writer.put(item.record, features)
-            report.features += len(features)
-            if len(features) < SPARSE:
-                report.sparse.append(item.record.image_id)
-        report.updated += item.is_update
-        report.added += not item.is_update
+        if outcome.kept:
+            report.unchanged += not outcome.moved
+            report.updated += outcome.moved
+            if outcome.moved:
+                self.moved.append(outcome.record)
+            return
+        if outcome.features is not None:
+            self.writer.put(outcome.record, outcome.features)
+            report.features += len(outcome.features)
+            if len(outcome.features) < SPARSE:
+                report.sparse.append(outcome.record.image_id)
+        report.updated += outcome.is_update
+        report.added += not outcome.is_update
 
 
-def gone(store: FeatureStore, roots: list[Path], failures: list[Failure]) -> list[str]:
-    """Ids of the stored images of these roots whose file has left the disk.
+def gone(store: FeatureStore, scanned: Scan, failures: list[Failure]) -> list[str]:
+    """Ids of the stored images of the scanned folders whose file has left the disk, or the storage behind an address.
 
-    What lies under a folder that could not be read is not gone: nobody looked.
+    What lies under a folder that could not be read is not gone: nobody looked. Raises InputError where an address
+    cannot be read.
     """
     unread = [Path(failure.path) for failure in failures]
     missing = []
-    for root in roots:
+    for base in scanned.addresses:
+        there = set(remote.files(base))
+        missing += [record.image_id for record in store.list(root=base) if record.uri not in there]
+    for root in scanned.roots:
         for record in store.list(root=str(root)):
             path = Path(record.uri)
             if not os.path.lexists(path) and not any(folder in path.parents for folder in unread):
@@ -301,7 +372,7 @@ def described(photo: Photo, sha256: str, stored: ImageRecord | None) -> ImageRec
         image_id=photo.image_id,
         uri=photo.place,
         sha256=sha256,
-        root=str(photo.root) if photo.root.is_absolute() else "",
+        root=photo.origin,
         metadata=dict(metadata),
         ingested_at=photo.ingested_at,
     )
@@ -311,26 +382,30 @@ def prepared(
     record: ImageRecord,
     stored: ImageRecord | None,
     fingerprint: Fingerprint,
-    is_there: Callable[[str], bool],
+    is_there: Callable[[ImageRecord], bool],
     load: Callable[[], T],
 ) -> Prepared[T]:
     """What to do about a file with this record: load it unless the same content is stored already.
 
-    is_there: whether the file of a uri exists. Raises InputError where the id is that of another file, and what `load`
-    raises.
+    is_there: whether the file of a stored record exists. Raises InputError where the id is that of another file, and
+    what `load` raises.
     """
     if stored is None:
         return Prepared(record, load(), False)
     if stored.sha256 == record.sha256 and stored.model == fingerprint.short:
         # A copy of the photo elsewhere is no move while the stored one is still in its place.
-        left = stored.uri != record.uri and not is_there(stored.uri)
+        left = stored.uri != record.uri and not is_there(stored)
         return Prepared(record, None, True, left or dict(stored.metadata) != dict(record.metadata))
-    if stored.root != record.root and stored.uri != record.uri and is_there(stored.uri):
+    if stored.root != record.root and stored.uri != record.uri and is_there(stored):
         raise InputError(
             f"{one_line(record.uri)}: the id {record.image_id!r} belongs to another photo, {one_line(stored.uri)}; "
             "give this folder an --id-prefix of its own."
         )
     return Prepared(record, load(), True)
+
+
+def _is_there(record: ImageRecord) -> bool:
+    return remote.exists(record.uri) if remote.is_address(record.root) else os.path.isfile(record.uri)
 
 
 class _Writer:

@@ -19,7 +19,7 @@ from delf_milvus.featurefiles import hloc
 from delf_milvus.featurefiles.arrays import LocalFeatures, damaged, maker
 from delf_milvus.featurefiles.formats import MANY, SUFFIXES, read_with_digest, split_place
 from delf_milvus.features import Features, Fingerprint
-from delf_milvus.ingestion.pipeline import IngestReport, Prepared, Progress, described, ingest_files, prepared
+from delf_milvus.ingestion.pipeline import Here, IngestReport, Prepared, Progress, Work, ingest_files, prepared
 from delf_milvus.ingestion.scan import Failure, Listing, Photo, Scan, scan
 from delf_milvus.settings import Settings
 from delf_milvus.store.codec import chunks_needed
@@ -146,13 +146,14 @@ def ingest_features(
             f"{_MOST_CHUNKS}: keep fewer with --count {count * _MOST_CHUNKS // chunks}."
         )
 
-    def prepare(photo: Photo, stored: ImageRecord | None) -> Prepared[Features]:
+    def prepare(work: Work) -> Prepared[Features]:
+        photo = work.photo
         found, digest = read_with_digest(photo.path, photo.inside)
         features = usable(found, fingerprint, count, name, photo.place)
-        record = store.typed(described(photo, digest, stored))
-        return prepared(record, stored, fingerprint, _is_there, lambda: features)
+        return prepared(work.described(digest), work.stored, fingerprint, _is_there, lambda: features)
 
-    return ingest_files(scanned, store, prepare, _AsTheyAre(), settings, dry_run=dry_run, progress=progress)
+    engine = Here(prepare, _AsTheyAre(), settings.ingest, dry_run)
+    return ingest_files(scanned, store, engine, settings, dry_run=dry_run, progress=progress)
 
 
 class _AsTheyAre:
@@ -182,5 +183,5 @@ def gone_features(store: FeatureStore, scanned: Scan, failures: Sequence[Failure
     return missing
 
 
-def _is_there(uri: str) -> bool:
-    return os.path.isfile(uri) or split_place(uri)[0].is_file()
+def _is_there(record: ImageRecord) -> bool:
+    return os.path.isfile(record.uri) or split_place(record.uri)[0].is_file()

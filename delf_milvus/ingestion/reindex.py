@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from delf_milvus.errors import one_line
 from delf_milvus.features import Fingerprint
+from delf_milvus.imaging import remote
 from delf_milvus.ingestion.pipeline import Progress, ingest_photos
 from delf_milvus.ingestion.scan import Failure, Photo, Scan
 from delf_milvus.settings import Settings
@@ -151,10 +152,12 @@ class _Run:
 
     def _photo(self, record: ImageRecord) -> Photo | None:
         """Where to read an image again; None, and noted, where that is not possible."""
-        if record.uri and os.path.isfile(record.uri):
-            return Photo(
-                Path(record.uri), record.image_id, Path(record.root), dict(record.metadata), record.ingested_at
-            )
+        base = record.root if remote.is_address(record.root) else ""
+        path = remote.below(base, record.uri) if base else record.uri
+        # Whether a photo behind an address is there is seen when it is read.
+        if path and (base or os.path.isfile(path)):
+            root = Path() if base else Path(record.root)
+            return Photo(Path(path), record.image_id, root, dict(record.metadata), record.ingested_at, base=base)
         place = f"its photo is not at {one_line(record.uri)}" if record.uri else "it was stored without a file"
         self.report.missing.append(Failure(record.uri, f"{one_line(record.image_id)}: {place}."))
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import posixpath
 from collections import deque
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from delf_milvus.errors import InputError, UsageError, one_line
-from delf_milvus.imaging.decode import read_file
+from delf_milvus.imaging import remote
+from delf_milvus.imaging.decode import read_bytes, read_file
+from delf_milvus.settings import DecodeSettings
 from delf_milvus.store.schema import MAX_ID_BYTES
 
 _JPEG = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"}
@@ -31,13 +34,18 @@ MAX_LISTING_BYTES = 1 << 28
 """Most bytes of a listing."""
 
 
+TOO_LONG_ID = f"of more than {MAX_ID_BYTES} bytes; give a folder nearer to it, or rename it"
+"""How the failure of such a photo ends."""
+
+
 @dataclass(frozen=True)
 class Photo:
     """A file to ingest.
 
     path: absolute. root: the folder that was given (of a file that was given, the folder it lies in), absolute; not
     absolute for none. metadata: from the listing. ingested_at: when it was ingested first, or "" for now.
-    inside: which photo of a file of many, "" for the file itself.
+    inside: which photo of a file of many, "" for the file itself. base: the address that was given, of a photo behind
+    one; its path is then what follows, and its root is none.
     """
 
     path: Path
@@ -46,11 +54,23 @@ class Photo:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     ingested_at: str = ""
     inside: str = ""
+    base: str = ""
 
     @property
     def place(self) -> str:
-        """Where its content is: the path, and for a photo in a file of many `path#name`."""
+        """Where its content is: the path, for a photo in a file of many `path#name`, or its address."""
+        if self.base:
+            return f"{self.base}/{self.path.as_posix()}"
         return f"{self.path}#{self.inside}" if self.inside else str(self.path)
+
+    @property
+    def origin(self) -> str:
+        """The root, or the base; "" for none."""
+        return self.base or (str(self.root) if self.root.is_absolute() else "")
+
+    def read(self, limits: DecodeSettings) -> bytes:
+        """Its bytes, still encoded: as `read_bytes`, and with its errors."""
+        return remote.read(self.place, limits) if self.base else read_bytes(self.path, limits)
 
 
 @dataclass(frozen=True)
@@ -65,18 +85,20 @@ class Failure:
 class Scan:
     """Photos in the order of their ids, failures in the order of their paths, and the folders given, absolute.
 
-    others: photos that were found and left to other shards.
+    others: photos that were found and left to other shards. addresses: what was given instead of folders.
     """
 
     photos: list[Photo]
     failures: list[Failure]
     roots: list[Path]
     others: int = 0
+    addresses: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A photo of a listing. path: normalised, with slashes; relative ones never leave the folder. line: from 1."""
+    """A photo of a listing. path: normalised, with slashes, or an address; relative ones never leave the folder.
+    line: from 1; of a Parquet file the number of the row."""
 
     path: str
     image_id: str | None
@@ -114,7 +136,7 @@ def scan(
     Raises InputError for a given path that does not exist or cannot be read, and for a listing that names a file
     outside of the folders or twice; UsageError where two files get one id.
     """
-    if not _is_unicode(id_prefix):
+    if not is_unicode(id_prefix):
         raise UsageError(f"The id prefix {one_line(id_prefix)} is not valid UTF-8.")
     roots = [(path, _is_folder(path)) for path in dict.fromkeys(Path(os.path.abspath(path)) for path in paths)]
     gathering = _Gathering(id_prefix, listing, suffixes)
@@ -137,34 +159,30 @@ def scan(
 
 
 def read_listing(path: Path) -> Listing:
-    """Read a listing: CSV with a header line, or JSONL (one object a line), by its suffix (.csv, .jsonl, .ndjson).
+    """Read a listing by its suffix: CSV with a header line, JSONL (one object a line; .jsonl, .ndjson), Parquet.
 
-    Each row has `path`, relative to the folder that is ingested (with slashes) or absolute, and may have `id`. All else
-    is metadata: text in CSV, any JSON value in JSONL. An empty `id` is none. Encoded in UTF-8, with or without a byte
-    order mark; at most `MAX_LISTING_BYTES`.
+    Each row has `path`, relative to the folder or address that is ingested (with slashes) or absolute, and may have
+    `id`. All else is metadata: text in CSV, any JSON value in JSONL, the same in Parquet (null is none). An empty `id`
+    is none. Text is in UTF-8, with or without a byte order mark; at most `MAX_LISTING_BYTES`, unpacked.
 
     Raises UsageError for another suffix; InputError, with the line, for a row that is malformed, repeats a path or an
     id, or names a path that leaves the folder through "..", and for a file that cannot be read.
     """
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows}
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".parquet": _parquet_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UsageError(f"{one_line(path)} must end with one of {', '.join(readers)}.")
     data = read_file(path, MAX_LISTING_BYTES, "split it")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        _bad_line(path, data[: error.start].count(b"\n") + 1, "it is not valid UTF-8")
     rows: list[Row] = []
     path_lines: dict[str, int] = {}
     id_lines: dict[str, int] = {}
-    for line, values in reader(path, text):
+    for line, values in reader(path, data):
         row = _row(path, line, values)
         image_id = row.path if row.image_id is None else row.image_id
         for kind, value, lines in (("path", row.path, path_lines), ("id", image_id, id_lines)):
             earlier = lines.setdefault(value, line)
             if earlier != line:
-                _bad_line(path, line, f"the {kind} {one_line(value)} is also that of line {earlier}")
+                bad_line(path, line, f"the {kind} {one_line(value)} is also that of line {earlier}")
         rows.append(row)
     return Listing(path, tuple(rows))
 
@@ -237,11 +255,11 @@ class _Gathering:
     def take(self, path: Path, root: Path, name: str, row: Row | None = None) -> None:
         """Take one file under the id `name`, which the prefix precedes."""
         image_id = self._id_prefix + name
-        if not _is_unicode(f"{path}{image_id}"):
+        if not is_unicode(f"{path}{image_id}"):
             self._fail(path, "has a name that is not valid UTF-8; rename it")
             return
         if len(image_id.encode()) > MAX_ID_BYTES:
-            self._fail(path, f"has an id of more than {MAX_ID_BYTES} bytes; give a folder nearer to it, or rename it")
+            self._fail(path, f"has an id {TOO_LONG_ID}")
             return
         other = self.photos.get(image_id)
         if other is not None:
@@ -297,7 +315,7 @@ class _Gathering:
             )
 
     def _bad_row(self, row: Row, problem: str) -> NoReturn:
-        _bad_line(self._source, row.line, problem)
+        bad_line(self._source, row.line, problem)
 
     def _fail(self, path: Path, problem: str) -> None:
         readable = os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -340,8 +358,15 @@ def _below(path: str, root: Path) -> str | None:
     return None
 
 
-def _csv_rows(source: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _text(source: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        bad_line(source, data[: error.start].count(b"\n") + 1, "it is not valid UTF-8")
+
+
+def _csv_rows(source: Path, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(io.StringIO(_text(source, data), newline=""), strict=True)
     columns: list[str] | None = None
     line = 1
     try:
@@ -349,34 +374,67 @@ def _csv_rows(source: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             if columns is None:
                 columns = values
                 if "path" not in columns or len(set(columns)) < len(columns):
-                    _bad_line(
-                        source, line, "it must name the columns, each once, separated by commas, one of them path"
-                    )
+                    bad_line(source, line, "it must name the columns, each once, separated by commas, one of them path")
             elif values:
                 if len(values) != len(columns):
-                    _bad_line(source, line, f"it has {len(values)} values for {len(columns)} columns")
+                    bad_line(source, line, f"it has {len(values)} values for {len(columns)} columns")
                 yield line, dict(zip(columns, values, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        _bad_line(source, line, f"it is not CSV ({error})", error)
+        bad_line(source, line, f"it is not CSV ({error})", error)
     if columns is None:
         raise InputError(f"{one_line(source)} is empty; its first line names the columns, one of them path.")
 
 
-def _jsonl_rows(source: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl_rows(source: Path, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     # Not splitlines: JSON strings may hold the other line ends of Unicode.
-    for line, content in enumerate(text.split("\n"), start=1):
+    for line, content in enumerate(_text(source, data).split("\n"), start=1):
         if not content.strip():
             continue
         try:
             values = json.loads(content, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            _bad_line(source, line, "it is not a JSON object", error)
+            bad_line(source, line, "it is not a JSON object", error)
         if not isinstance(values, dict):
-            _bad_line(source, line, "it is not a JSON object")
-        if not _is_unicode(json.dumps(values, ensure_ascii=False)):
-            _bad_line(source, line, "it escapes half of a surrogate pair, which is no text")
+            bad_line(source, line, "it is not a JSON object")
+        if not is_unicode(json.dumps(values, ensure_ascii=False)):
+            bad_line(source, line, "it escapes half of a surrogate pair, which is no text")
         yield line, values
+
+
+def _parquet_rows(source: Path, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    from pyarrow import BufferReader
+    from pyarrow.parquet import ParquetFile
+
+    line = size = 0
+    try:
+        file = ParquetFile(BufferReader(data), thrift_string_size_limit=1 << 20, thrift_container_size_limit=1 << 20)
+        if "path" not in (names := file.schema_arrow.names) or len(set(names)) < len(names):
+            bad_line(source, 1, "it must name the columns, each once, one of them path")
+        # Few at a time: what is one text for many rows in the file is many texts here.
+        for batch in file.iter_batches(100):
+            size += batch.nbytes
+            if size > MAX_LISTING_BYTES:
+                raise InputError(f"{one_line(source)} has more than {MAX_LISTING_BYTES:,} bytes unpacked; split it.")
+            for values in batch.to_pylist():
+                line += 1
+                said = {name: value for name, value in values.items() if value is not None}
+                if not _is_json(said):
+                    bad_line(source, line, "it has a value that is no JSON: write times, bytes and decimals as text")
+                yield line, said
+    except InputError:
+        raise
+    except Exception as error:
+        # Arrow meets damaged files with nearly every exception there is.
+        bad_line(source, line + 1, f"it is not Parquet ({one_line(str(error).partition(chr(10))[0])})", error)
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_json, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -386,20 +444,22 @@ def _no_constant(name: str) -> NoReturn:
 def _row(source: Path, line: int, values: dict[str, Any]) -> Row:
     path, image_id = values.pop("path", None), values.pop("id", None)
     if not isinstance(path, str) or not path or "\0" in path:
-        _bad_line(source, line, "path must be the path of a photo")
+        bad_line(source, line, "path must be the path of a photo")
     if image_id is not None and not isinstance(image_id, str):
-        _bad_line(source, line, "id must be text, in quotes")
-    normal = posixpath.normpath(path)
+        bad_line(source, line, "id must be text, in quotes")
+    protocol, colon, below = path.rpartition("://") if remote.is_address(path) else ("", "", path)
+    normal = posixpath.normpath(below)
     if normal == ".." or normal.startswith("../"):
-        _bad_line(source, line, f"{one_line(path)} leaves the folder")
-    return Row(normal, image_id or None, values, line)
+        bad_line(source, line, f"{one_line(path)} leaves the folder")
+    return Row(protocol + colon + normal, image_id or None, values, line)
 
 
-def _bad_line(source: Path, line: int, problem: str, cause: Exception | None = None) -> NoReturn:
+def bad_line(source: Path, line: int, problem: str, cause: Exception | None = None) -> NoReturn:
+    """Raise the InputError of a row of a listing."""
     raise InputError(f"{one_line(source)}, line {line}: {problem}.") from cause
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -16,6 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 RUNS = {
     "pickle": {"evaluation/unpickling.py"},
     "subprocess": {"featurefiles/reading.py"},
+    "ray": {"ingestion/distributed.py"},
     **dict.fromkeys(
         ("cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml", "ruamel", "code", "runpy")
     ),
@@ -24,7 +25,7 @@ RUNS = {
 # Modules that fetch: clients of the user's own service and database, and nothing else.
 FETCHES = {
     "httpx": {"client.py"},
-    "fsspec": {"store/bulk.py"},
+    "fsspec": {"store/bulk.py", "imaging/remote.py"},
     **dict.fromkeys(("requests", "aiohttp", "urllib3", "ftplib", "smtplib", "http")),
 }
 CALLS = frozenset(
