@@ -259,8 +259,8 @@ class IngestSettings(_Stage):
     on_error: Literal["skip", "stop"] = Field(default="skip", description="What a photo that fails does to the run.")
     engine: EngineName = Field(
         default="local",
-        description="What reads and extracts photos: local is this process, ray the workers of a Ray cluster (needs the "
-        "extra of that name).",
+        description="What reads and extracts photos: local is this process, ray the workers of a Ray cluster, which "
+        "needs the extra of that name.",
     )
     decode_threads: int | None = Field(
         default=None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from delf_milvus.cli.completion import presets
@@ -24,7 +23,6 @@ def ingest(
         list[str],
         typer.Argument(
             metavar="PATH...",
-            click_type=click.Path(),
             help="Folders (searched recursively) or photos; or their addresses, as in s3://bucket/photos.",
         ),
     ],

@@ -9,7 +9,7 @@ that depend on its id alone.
 
 A worker that dies is started anew, without a limit, for machines come and go; what it had at hand is done again. So a
 photo that kills its worker each time has to be found out: an actor, `_Attempts`, counts how often each block of photos
-is begun. From the third time on it is done photo by photo, and a photo that was begun alone twice already is given up.
+is begun. From the second time on it is done photo by photo, and a photo that was begun alone twice already is given up.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ _BLOCK = 16
 _BLOCKS_EACH = 4
 """Blocks for each worker, at least: the last one to end is not long alone."""
 
-_TOGETHER = _ALONE = 2
+_TOGETHER, _ALONE = 1, 2
 """Times that a block is begun as a whole, and then each of its photos alone, before that photo is given up."""
 
 _STARTS = 3
@@ -60,7 +61,8 @@ class OnRay:
     """The engine for photos on a Ray cluster: see `Engine`. fingerprint: of the model that the settings name.
 
     The cluster is the one that this process is connected to already, else that of the settings or of RAY_ADDRESS, else
-    one that is started on this machine for the run and listens on its loopback address alone.
+    one that is started on this machine for the run and listens on its loopback address alone (in a program that has
+    imported Ray before, as Ray would do by itself).
 
     Raises UsageError where Ray is not installed.
     """
@@ -103,22 +105,25 @@ class OnRay:
         if ray.is_initialized():
             yield
             return
-        with ExitStack() as stack:
-            stack.callback(ray.shutdown)
-            quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-            # Reports of dead workers would be printed on stdout, among the data.
-            ray._private.worker._worker_logs_enabled = False
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+        # Reports of dead workers would be printed on stdout, among the data.
+        ray._private.worker._worker_logs_enabled = False
+        with _own_folder() as folder:
             try:
-                if self._address:
-                    ray.init(address=self._address, **quiet)
-                else:
-                    self._start(stack.enter_context(_own_folder()), quiet)
-            except Exception as error:
-                which = f"at {one_line(self._address)} cannot be reached" if self._address else "cannot be started here"
-                raise ClusterError(f"A Ray cluster {which} ({_first_line(error)}).") from error
-            logging.getLogger("ray").setLevel(logging.CRITICAL)
-            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-            yield
+                try:
+                    with _unheard():
+                        if self._address:
+                            ray.init(address=self._address, **quiet)
+                        else:
+                            self._start(folder, quiet)
+                except Exception as error:
+                    which = f"at {one_line(self._address)} cannot be reached" if self._address else "cannot be started"
+                    raise ClusterError(f"A Ray cluster {which} ({_first_line(error)}).") from error
+                for name in ("ray", "ray.data"):
+                    logging.getLogger(name).setLevel(logging.CRITICAL)
+                yield
+            finally:
+                ray.shutdown()
 
     def _start(self, folder: str | None, quiet: dict[str, Any]) -> None:
         for attempt in Retrying(
@@ -232,8 +237,8 @@ class _Worker:
 
 def _imported(*, own: bool) -> Any:
     """Ray, set up before its first import: nothing is reported to anybody, its own log stays in its files."""
-    defaults = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-    if own:
+    defaults = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if own and "ray" not in sys.modules:
         # Off, Ray takes the loopback address for that of this machine; the name tells of the systems that it was made
         # for. The token keeps out others on this machine, and is never on its disk.
         defaults |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
@@ -247,7 +252,26 @@ def _imported(*, own: bool) -> Any:
         raise UsageError(
             f"The engine ray needs {error.name}, which is not installed: run `pip install 'delf-milvus[ray]'`."
         ) from error
+    # Read when a cluster is connected to; before the import it would be told on stderr.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     return ray
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Nothing is printed on stderr meanwhile: Ray's core says there how much it will say."""
+    try:
+        kept = os.dup(2)
+    except OSError:
+        yield
+        return
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _own_folder() -> Any:

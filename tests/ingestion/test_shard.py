@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import make_photo, save_photo
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from milvus_server import Server
 from pymilvus import MilvusClient
+from stored_rows import rows
 
 from delf_milvus import DelfIndex, Settings
 from delf_milvus.errors import UsageError
@@ -228,11 +228,3 @@ def test_three_jobs_at_once_store_row_for_row_what_one_run_does(
                           ("--collection", many, "search", photos / "3.png", "--include-unverified"))
     ]  # fmt: skip
     assert answers[0]["hits"] == answers[1]["hits"] != []
-
-
-def rows(client: MilvusClient, collection: str, key: str) -> dict[int, dict[str, Any]]:
-    """All that a collection holds, by key, but for the time it was written."""
-    found = client.query(collection, filter=f"{key} >= 0", output_fields=["*"], limit=16384, consistency_level="Strong")
-    kept = {row[key]: {name: value for name, value in row.items() if name != "ingested_at"} for row in found}
-    assert len(kept) == len(found) > 0
-    return kept

@@ -1,0 +1,306 @@
+"""Photos on a Ray cluster: real worker processes on this machine, some of which are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil
+import pytest
+import torch
+from conftest import make_photo, save_photo
+from deadly_storage import DeadlyFileSystem
+from pymilvus import MilvusClient
+from stored_rows import rows
+
+from delf_milvus import DelfIndex, Settings
+from delf_milvus.errors import ModelError, UsageError
+from delf_milvus.ingestion.distributed import OnRay, _room
+from delf_milvus.ingestion.pipeline import Work
+from delf_milvus.ingestion.scan import Photo
+from delf_milvus.matcher import PhotoMatcher
+from delf_milvus.settings import RaySettings
+from delf_milvus.store.records import ImageRecord
+
+RUN = [sys.executable, "-m", "delf_milvus"]
+COUNT = 18
+
+
+def configured(model: Path, **ray: Any) -> Settings:
+    given: dict[str, Any] = {"model": str(model), "extract": {"preset": "fast"}, "ray": {"actors": 2, **ray}}
+    return Settings(**given)
+
+
+def on_ray(settings: Settings) -> Settings:
+    return settings.model_copy(update={"ingest": settings.ingest.model_copy(update={"engine": "ray"})})
+
+
+def needs_ray() -> None:
+    """Skip without Ray; here nobody may import it before the engine has set it up."""
+    if find_spec("ray") is None:
+        pytest.skip("needs the extra ray")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[str]:
+    """The address of a cluster that this process is connected to; its workers know the deadly storage."""
+    needs_ray()
+    folder = tmp_path_factory.mktemp("storage")
+    package = folder / "deadly-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: deadly\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[fsspec.specs]\ndeadly = deadly_storage:DeadlyFileSystem\n")
+    fsspec.register_implementation("deadly", DeadlyFileSystem, clobber=True)
+    settings = configured(tiny_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        path = [str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+        engine = OnRay(settings, PhotoMatcher(settings).fingerprint)
+        with engine._connected():
+            import ray
+
+            yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in a worker of one processor: with another number of threads the last bits of features differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    for seed in range(COUNT):
+        save_photo(folder / ("more" if seed % 3 else ".") / f"{seed:02}.png", make_photo(seed, 160, 120))
+    save_photo(folder / "once.png", make_photo(90, 160, 120))
+    save_photo(folder / "plain.png", make_photo(91, 160, 120) * 0 + 128)
+    (folder / "damaged.jpg").write_bytes(b"no photo")
+    return folder
+
+
+def told(report: Any) -> dict[str, Any]:
+    return {name: value for name, value in report.to_dict().items() if name != "seconds"}
+
+
+def test_killed_workers_change_nothing_and_a_photo_that_kills_them_is_given_up(
+    cluster: str, one_thread: None, photos: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    base = f"deadly://{photos}"
+    save_photo(photos / "deadly.png", make_photo(92, 160, 120))
+    settings = configured(tiny_model)
+    client = MilvusClient(str(tmp_path / "both.db"))
+    far = DelfIndex(client=client, collection="far", settings=on_ray(settings))
+    here = DelfIndex(client=client, collection="here", settings=settings)
+
+    def assert_equal() -> None:
+        for suffix, key in (("_features", "feature_key"), ("_images", "image_key")):
+            assert rows(client, f"far{suffix}", key) == rows(client, f"here{suffix}", key)
+
+    progress: list[tuple[int, int]] = []
+    report = far.ingest([base], progress=lambda one: progress.append((one.done, one.total)))
+    assert (photos / "once.png.killed").exists()
+    assert [failure.path for failure in report.failures] == [f"{base}/damaged.jpg", f"{base}/deadly.png"]
+    assert "the worker that had it alone died, 2 times" in report.failures[1].error
+    assert progress == [(done, COUNT + 4) for done in range(COUNT + 5)]
+
+    (photos / "deadly.png").unlink()
+    plain = here.ingest([base])
+    assert plain.sparse == ["plain.png"]
+    assert told(report) | {"failed": 1, "failures": told(plain)["failures"]} == told(plain)
+    assert_equal()
+
+    save_photo(photos / "00.png", make_photo(70, 160, 120))
+    (photos / "03.png").unlink()
+    for dry_run in (True, False):
+        again = [index.ingest([base], prune=True, dry_run=dry_run) for index in (far, here)]
+        assert (again[0].updated, again[0].unchanged, again[0].removed) == (1, COUNT, 1)
+        assert told(again[0]) == told(again[1])
+    assert_equal()
+    client.close()
+
+
+def test_the_command_joins_a_cluster_and_tells_the_same_as_the_local_engine(
+    cluster: str, photos: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    environment = {
+        **os.environ,
+        "DELF_MILVUS_MODEL": str(tiny_model),
+        "DELF_MILVUS_EXTRACT__PRESET": "fast",
+        "RAY_ADDRESS": cluster,
+    }
+    ended = [
+        subprocess.run(
+            [*RUN, "--uri", f"{engine}.db", "--json", "ingest", "photos", "--engine", engine, "--actors", "1"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        for engine in ("ray", "local")
+    ]
+    assert ended[0].returncode == ended[1].returncode == 1
+    assert ended[0].stderr == ended[1].stderr
+    reports = [json.loads(one.stdout) for one in ended]
+    assert reports[0] | {"seconds": 0} == reports[1] | {"seconds": 0}
+    assert reports[0]["added"] == COUNT + 2
+
+
+def test_a_worker_with_another_model_ends_the_run(cluster: str, photos: Path, tiny_model: Path) -> None:
+    settings = configured(tiny_model, actors=1)
+    fingerprint = replace(PhotoMatcher(settings).fingerprint, weights="0" * 64)
+    photo = Photo(photos / "00.png", "00.png", photos)
+    with pytest.raises(ModelError, match="A worker of the Ray cluster has another model"):
+        list(OnRay(settings, fingerprint)([Work(photo, ImageRecord("00.png"), None)]))
+
+
+def test_ctrl_c_ends_a_cluster_of_ones_own_which_nobody_else_could_reach(
+    photos: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    needs_ray()
+    for copy in range(30):
+        shutil.copytree(photos, tmp_path / "many" / str(copy))
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "DELF_MILVUS_MODEL": str(tiny_model),
+        "DELF_MILVUS_EXTRACT__PRESET": "fast",
+    }
+    command = [*RUN, "--uri", "many.db", "--json", "ingest", "many", "--engine", "ray", "--actors", "1"]
+    run = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    program = psutil.Process(run.pid)
+    while not any("MapWorker" in one for one in names(program)):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    processes = [program, *program.children(recursive=True)]
+    listening = {c.laddr.ip for one in processes for c in connections(one) if c.status == psutil.CONN_LISTEN}
+    assert listening
+    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    # As a terminal does, to all that belongs to the command.
+    os.killpg(run.pid, signal.SIGINT)
+    out, error = run.communicate(timeout=120)
+    assert run.returncode == 130, error
+    report = json.loads(out)
+    assert report["interrupted"]
+    assert report["added"] < 30 * (COUNT + 2)
+    assert [line for line in error.splitlines() if not line.startswith("failed: ")] == [
+        "Interrupted: what was stored stays; run the same command again to go on."
+    ]
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
+
+
+def names(process: psutil.Process) -> list[str]:
+    return [" ".join(told) for child in process.children(recursive=True) if (told := command_line(child))]
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def connections(process: psutil.Process) -> list[Any]:
+    try:
+        return process.net_connections()
+    except psutil.Error:
+        return []
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path: Path, photos: Path, tiny_model: Path) -> None:
+    needs_ray()
+    refused = subprocess.run(
+        [*RUN, "--model", str(tiny_model), "ingest", "photos", "--engine", "ray", "--ray-address", "127.0.0.1:1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (3, "", 1), refused.stderr
+    assert refused.stderr.startswith("Error: A Ray cluster at 127.0.0.1:1 cannot be reached (")
+
+
+def test_without_ray_the_command_says_what_to_install(tmp_path: Path, photos: Path, tiny_model: Path) -> None:
+    program = "import sys; sys.modules['ray'] = None; from delf_milvus.cli.main import run; run()"
+    arguments = ["--model", str(tiny_model), "ingest", "photos", "--engine", "ray"]
+    refused = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == (
+        "Error: The engine ray needs ray, which is not installed: run `pip install 'delf-milvus[ray]'`.\n"
+    )
+
+
+def test_feature_files_need_no_workers(tmp_path: Path) -> None:
+    refused = subprocess.run(
+        [*RUN, "ingest", "features", "--features", "--engine", "ray"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "--engine ray extracts photos" in refused.stderr
+
+
+def test_workers_are_told_neither_address_nor_secrets_of_the_database(tiny_model: Path) -> None:
+    needs_ray()
+    given: dict[str, Any] = {"uri": "http://milvus.example:19530", "token": "root:hush", "model": str(tiny_model)}
+    settings = Settings(**given, store={"user": "me", "password": "hush"})  # type: ignore[arg-type]
+    sent = pickle.dumps(OnRay(settings, PhotoMatcher(settings).fingerprint)._arguments)
+    assert b"hush" not in sent
+    assert b"milvus.example" not in sent
+    assert str(tiny_model).encode() in sent
+
+
+@pytest.mark.parametrize(
+    ("there", "cpus", "gpus", "room"),
+    [
+        ({"CPU": 8.0}, 1, 0, 8),
+        ({"CPU": 8.0}, 3, 0, 2),
+        ({"CPU": 64.0, "GPU": 2.0}, 4, 0.5, 4),
+        ({"CPU": 1.0}, 0.1, 0, 10),
+    ],
+)
+def test_there_are_as_many_workers_as_the_cluster_has_room_for(
+    there: dict[str, float], cpus: float, gpus: float, room: int
+) -> None:
+    assert _room(there, RaySettings(cpus=cpus, gpus=gpus)) == room
+
+
+def test_a_cluster_without_room_for_a_worker_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="has 8 processors and 0 GPUs, too few for a worker"):
+        _room({"CPU": 8.0}, RaySettings(gpus=1))
