@@ -196,6 +196,44 @@ def _listings(folder: Path) -> tuple[list[bytes], Reader]:
     return [csv.encode(), jsonl.encode()], read
 
 
+def _parquet_listings(folder: Path) -> tuple[list[bytes], Reader]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from delf_milvus.ingestion.scan import read_listing, scan
+    from delf_milvus.store.records import ImageRecord, checked
+
+    photos = folder / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"x")
+    path = folder / "listing.parquet"
+    rows = [
+        {
+            "path": "a.jpg",
+            "id": "first",
+            "year": 2020,
+            "price": 1.5,
+            "tags": ["red", None],
+            "of": {"name": "ü", "n": 1},
+        },
+        {"path": "b.jpg", "id": None, "year": None, "price": 2.0, "tags": [], "of": None},
+    ]
+    samples = []
+    for compression in ("none", "snappy"):
+        parquet.write_table(pa.Table.from_pylist(rows), path, compression=compression)
+        samples.append(path.read_bytes())
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data)
+        found = scan([photos], listing=read_listing(path))
+        for photo in found.photos:
+            assert photo.path.resolve().is_relative_to(photos.resolve()), "a listing leads out of its folder"
+            checked(ImageRecord(photo.image_id, photo.place, metadata=photo.metadata))
+        return found
+
+    return samples, read
+
+
 def _filters(folder: Path) -> tuple[list[bytes], Reader]:
     from dataclasses import replace
 
@@ -458,6 +496,7 @@ TARGETS: dict[str, Target] = {
     "weights": Target(_weights, mutations.safetensors, 400),
     "calibration": Target(_calibration, mutations.of_json),
     "listings": Target(_listings, mutations.reworded),
+    "parquet-listings": Target(_parquet_listings, mutations.damaged),
     "filters": Target(_filters, mutations.reworded),
     "settings": Target(_settings, mutations.reworded),
     "archives": Target(_archives, mutations.files, 600),

@@ -90,7 +90,7 @@ def photos(tmp_path: Path) -> Path:
     for seed in range(COUNT):
         save_photo(folder / ("more" if seed % 3 else ".") / f"{seed:02}.png", make_photo(seed, 160, 120))
     save_photo(folder / "once.png", make_photo(90, 160, 120))
-    save_photo(folder / "plain.png", make_photo(91, 160, 120) * 0 + 128)
+    save_photo(folder / "tiny.png", make_photo(91, 40, 24))
     (folder / "damaged.jpg").write_bytes(b"no photo")
     return folder
 
@@ -122,7 +122,7 @@ def test_killed_workers_change_nothing_and_a_photo_that_kills_them_is_given_up(
 
     (photos / "deadly.png").unlink()
     plain = here.ingest([base])
-    assert plain.sparse == ["plain.png"]
+    assert plain.sparse == ["tiny.png"]
     assert told(report) | {"failed": 1, "failures": told(plain)["failures"]} == told(plain)
     assert_equal()
 

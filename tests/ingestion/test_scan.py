@@ -1,10 +1,14 @@
 import json
 import os
+import re
+from datetime import datetime, timezone
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from delf_milvus.errors import InputError, UsageError
 from delf_milvus.ingestion.scan import Failure, Listing, Photo, Scan, read_listing, scan
@@ -355,6 +359,57 @@ def test_a_listing_that_is_missing_or_too_large_is_an_input_error(
     monkeypatch.setattr("delf_milvus.ingestion.scan.MAX_LISTING_BYTES", 10)
     with pytest.raises(InputError, match="more than the limit of 10"):
         listing(tmp_path, "path\na.jpg\n")
+
+
+def test_a_parquet_listing_holds_what_jsonl_would(tmp_path: Path) -> None:
+    rows = [
+        {"path": "a.jpg", "id": "A", "year": 2020, "price": 1.5, "sold": True, "tags": ["red", "big"], "of": {"n": 1}},
+        {"path": "b.jpg", "id": None, "year": None, "price": None, "sold": None, "tags": None, "of": None},
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "l.parquet")
+    first, second = read_listing(tmp_path / "l.parquet").rows
+    assert (first.path, first.image_id, first.line) == ("a.jpg", "A", 1)
+    assert first.metadata == {name: value for name, value in rows[0].items() if name not in ("path", "id")}
+    assert (second.path, second.image_id, second.metadata, second.line) == ("b.jpg", None, {}, 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"name": ["a.jpg"]}, "line 1: it must name the columns, each once, one of them path"),
+        ({"path": ["a.jpg", "a.jpg"]}, "line 2: the path a.jpg is also that of line 1"),
+        ({"path": [7]}, "line 1: path must be the path of a photo"),
+        (
+            {"path": ["a.jpg", "b.jpg"], "at": [None, datetime(2020, 1, 1, tzinfo=timezone.utc)]},
+            "line 2: it has a value that is no JSON",
+        ),
+        ({"path": ["a.jpg"], "x": [float("nan")]}, "line 1: it has a value that is no JSON"),
+        ({"path": ["a.jpg"], "x": [b"bytes"]}, "line 1: it has a value that is no JSON"),
+    ],
+)
+def test_parquet_listings_that_do_not_fit_are_input_errors_with_the_row(
+    columns: dict[str, list[object]], problem: str, tmp_path: Path
+) -> None:
+    parquet.write_table(pa.table(columns), tmp_path / "l.parquet")
+    with pytest.raises(InputError, match=re.escape(problem)):
+        read_listing(tmp_path / "l.parquet")
+
+
+def test_a_parquet_listing_of_few_bytes_and_much_text_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({"path": [f"{n}.jpg" for n in range(2000)], "text": ["x" * 10_000] * 2000})
+    parquet.write_table(table, tmp_path / "l.parquet")
+    assert (tmp_path / "l.parquet").stat().st_size < 100_000
+    monkeypatch.setattr("delf_milvus.ingestion.scan.MAX_LISTING_BYTES", 10_000_000)
+    with pytest.raises(InputError, match="more than 10,000,000 bytes unpacked; split it"):
+        read_listing(tmp_path / "l.parquet")
+
+
+def test_what_is_no_parquet_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "l.parquet").write_bytes(b"PAR1 no PAR1")
+    with pytest.raises(InputError, match=r"l\.parquet, line 1: it is not Parquet"):
+        read_listing(tmp_path / "l.parquet")
 
 
 def test_a_listing_of_another_kind_is_a_usage_error(tmp_path: Path) -> None:
