@@ -20,8 +20,8 @@ import secrets
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 16
-"""Photos that a worker takes at a time, at most."""
+_BLOCK, _GPU_BLOCK = 16, 64
+"""Photos that a worker takes at a time, at most: one with a GPU extracts many together."""
 
 _BLOCKS_EACH = 4
 """Blocks for each worker, at least: the last one to end is not long alone."""
@@ -86,16 +86,24 @@ class OnRay:
         left = {work.photo.image_id: work for work in works}
         if not left:
             return
-        with self._connected():
+        failures = self._ray.data.exceptions
+        with self._connected(), closing(self._said(list(left.values()))) as answers:
             try:
-                for said in self._said(list(left.values())):
+                for said in answers:
                     if isinstance(said.outcome, DelfMilvusError) and not isinstance(said.outcome, InputError):
                         raise said.outcome
                     work = left.pop(said.image_id, None)
                     if work is not None:
                         yield work.photo, said.outcome
-            except self._ray.exceptions.RayError as error:
-                raise ClusterError(f"The Ray cluster failed at work ({_first_line(error)}): run it again.") from error
+            except (
+                self._ray.exceptions.RayError,
+                failures.SystemException,
+                failures.ExecutionTimeoutError,
+            ) as error:
+                # Of a traceback in a worker, the error.
+                raise ClusterError(
+                    f"The Ray cluster failed at work ({_line(error, -1)}): run the same command again."
+                ) from error
         if left:
             raise ClusterError(f"The Ray cluster gave no answer for {len(left)} photos: run the same command again.")
 
@@ -118,7 +126,7 @@ class OnRay:
                             self._start(folder, quiet)
                 except Exception as error:
                     which = f"at {one_line(self._address)} cannot be reached" if self._address else "cannot be started"
-                    raise ClusterError(f"A Ray cluster {which} ({_first_line(error)}).") from error
+                    raise ClusterError(f"A Ray cluster {which} ({_line(error, 0)}).") from error
                 for name in ("ray", "ray.data"):
                     logging.getLogger(name).setLevel(logging.CRITICAL)
                 yield
@@ -132,10 +140,11 @@ class OnRay:
             with attempt:
                 self._ray.init(address="local", include_dashboard=False, _temp_dir=folder, **quiet)
 
-    def _said(self, works: Sequence[Work]) -> Iterator[_Said]:
+    def _said(self, works: Sequence[Work]) -> Generator[_Said, None, None]:
         ray = self._ray
         actors = self._wanted.actors or _room(ray.cluster_resources(), self._wanted)
-        blocks = min(len(works), max(_BLOCKS_EACH * actors, -(-len(works) // _BLOCK)))
+        most = _GPU_BLOCK if self._wanted.gpus else _BLOCK
+        blocks = min(len(works), max(_BLOCKS_EACH * actors, -(-len(works) // most)))
         attempts = ray.remote(_Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = False
@@ -151,8 +160,11 @@ class OnRay:
                 num_cpus=self._wanted.cpus,
                 num_gpus=self._wanted.gpus or None,
             )
-        for row in done.iter_rows():
-            yield row["said"]
+        try:
+            for row in done.iter_rows():
+                yield row["said"]
+        finally:
+            ray.kill(attempts)
 
 
 @dataclass(frozen=True)
@@ -248,6 +260,7 @@ def _imported(*, own: bool) -> Any:
     try:
         import ray
         import ray.data
+        import ray.data.exceptions
     except ImportError as error:
         raise UsageError(
             f"The engine ray needs {error.name}, which is not installed: run `pip install 'delf-milvus[ray]'`."
@@ -295,6 +308,7 @@ def _room(there: dict[str, float], wanted: RaySettings) -> int:
     return room
 
 
-def _first_line(error: Exception) -> str:
+def _line(error: Exception, number: int) -> str:
+    """A line of what an error says."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[0][:300]).rstrip(". ") if lines else type(error).__name__
+    return one_line(lines[number][:300]).rstrip(". ") if lines else type(error).__name__
