@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -39,8 +40,6 @@ from delf_milvus.settings import RaySettings, Settings
 if TYPE_CHECKING:
     from delf_milvus.model.extractor import Extractor
 
-log = logging.getLogger(__name__)
-
 _BLOCK, _GPU_BLOCK = 16, 64
 """Photos that a worker takes at a time, at most: one with a GPU extracts many together."""
 
@@ -52,6 +51,8 @@ _TOGETHER, _ALONE = 1, 2
 
 _STARTS = 3
 """Attempts to start a cluster: it gives itself 15 seconds, in which a busy machine may not have loaded its programs."""
+
+_KNOCK_SECONDS = 10.0
 
 _SHORT = 24
 """Characters of the path of a folder for temporary files, at most, that still leave room for the names of sockets."""
@@ -121,6 +122,7 @@ class OnRay:
                 try:
                     with _unheard():
                         if self._address:
+                            _knock(self._address)
                             ray.init(address=self._address, **quiet)
                         else:
                             self._start(folder, quiet)
@@ -285,6 +287,13 @@ def _unheard() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at an address of the form host:port: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _own_folder() -> Any:

@@ -128,8 +128,9 @@ def test_killed_workers_change_nothing_and_a_photo_that_kills_them_is_given_up(
 
     save_photo(photos / "00.png", make_photo(70, 160, 120))
     (photos / "03.png").unlink()
+    one = DelfIndex(client=client, collection="far", settings=on_ray(configured(tiny_model, actors=1)))
     for dry_run in (True, False):
-        again = [index.ingest([base], prune=True, dry_run=dry_run) for index in (far, here)]
+        again = [index.ingest([base], prune=True, dry_run=dry_run) for index in (one, here)]
         assert (again[0].updated, again[0].unchanged, again[0].removed) == (1, COUNT, 1)
         assert told(again[0]) == told(again[1])
     assert_equal()
