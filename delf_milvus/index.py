@@ -213,6 +213,8 @@ class DelfIndex:
         Raises UsageError where nothing says who made them, or for two of one id; CollectionError where the collection
         has features of another extractor; InputError for a path that does not exist; DatabaseError.
         """
+        if any(is_address(str(path)) for path in paths):
+            raise UsageError("Feature files are read from folders of this machine: copy them to one.")
         listing = None if ids_from is None else read_listing(Path(ids_from))
         roots = [Path(path) for path in paths]
         part = None if shard is None else Shard(*shard)

@@ -4,7 +4,8 @@
 
 Each engine ingests the same photos into an empty embedded database; the local one has all processors, as the workers
 have together. What counts is the second half of the photos: starting a cluster, its workers and their models is over
-then. On a machine with other work the time of processors tells more than the rate: two processes get more of it than one.
+then. On a machine with other work the time of processors tells more than the rate: two processes get more of it than
+one.
 """
 
 from __future__ import annotations

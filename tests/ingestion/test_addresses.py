@@ -211,6 +211,11 @@ def test_folders_and_addresses_are_ingested_one_after_the_other(index: DelfIndex
         index.ingest([base, tmp_path])
 
 
+def test_feature_files_are_read_from_folders_alone(index: DelfIndex) -> None:
+    with pytest.raises(UsageError, match="Feature files are read from folders of this machine"):
+        index.ingest_features(["s3://bucket/features"])
+
+
 def test_two_photos_of_one_id_need_a_prefix(base: str) -> None:
     put(f"{base}/b/a.png", encoded(1))
     with pytest.raises(UsageError, match=r"would stand for both .*; ingest them one at a time"):
