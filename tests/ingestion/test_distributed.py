@@ -27,12 +27,9 @@ from stored_rows import rows
 
 from delf_milvus import DelfIndex, Settings
 from delf_milvus.errors import ModelError, UsageError
-from delf_milvus.ingestion.distributed import OnRay, _room
-from delf_milvus.ingestion.pipeline import Work
-from delf_milvus.ingestion.scan import Photo
+from delf_milvus.ingestion.distributed import OnRay, _room, _Worker
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.settings import RaySettings
-from delf_milvus.store.records import ImageRecord
 
 RUN = [sys.executable, "-m", "delf_milvus"]
 COUNT = 18
@@ -109,10 +106,6 @@ def test_killed_workers_change_nothing_and_a_photo_that_kills_them_is_given_up(
     far = DelfIndex(client=client, collection="far", settings=on_ray(settings))
     here = DelfIndex(client=client, collection="here", settings=settings)
 
-    def assert_equal() -> None:
-        for suffix, key in (("_features", "feature_key"), ("_images", "image_key")):
-            assert rows(client, f"far{suffix}", key) == rows(client, f"here{suffix}", key)
-
     progress: list[tuple[int, int]] = []
     report = far.ingest([base], progress=lambda one: progress.append((one.done, one.total)))
     assert (photos / "once.png.killed").exists()
@@ -124,21 +117,21 @@ def test_killed_workers_change_nothing_and_a_photo_that_kills_them_is_given_up(
     plain = here.ingest([base])
     assert plain.sparse == ["tiny.png"]
     assert told(report) | {"failed": 1, "failures": told(plain)["failures"]} == told(plain)
-    assert_equal()
+    for suffix, key in (("_features", "feature_key"), ("_images", "image_key")):
+        assert rows(client, f"far{suffix}", key) == rows(client, f"here{suffix}", key)
 
     save_photo(photos / "00.png", make_photo(70, 160, 120))
     (photos / "03.png").unlink()
+    # What is stored already is told apart in the worker too.
     one = DelfIndex(client=client, collection="far", settings=on_ray(configured(tiny_model, actors=1)))
-    for dry_run in (True, False):
-        again = [index.ingest([base], prune=True, dry_run=dry_run) for index in (one, here)]
-        assert (again[0].updated, again[0].unchanged, again[0].removed) == (1, COUNT, 1)
-        assert told(again[0]) == told(again[1])
-    assert_equal()
+    again = [index.ingest([base], prune=True, dry_run=True) for index in (one, here)]
+    assert (again[0].updated, again[0].unchanged, again[0].removed) == (1, COUNT, 1)
+    assert told(again[0]) == told(again[1])
     client.close()
 
 
 def test_the_command_joins_a_cluster_and_tells_the_same_as_the_local_engine(
-    cluster: str, photos: Path, tmp_path: Path, tiny_model: Path
+    cluster: str, one_thread: None, photos: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     environment = {
         **os.environ,
@@ -146,31 +139,30 @@ def test_the_command_joins_a_cluster_and_tells_the_same_as_the_local_engine(
         "DELF_MILVUS_EXTRACT__PRESET": "fast",
         "RAY_ADDRESS": cluster,
     }
-    ended = [
-        subprocess.run(
-            [*RUN, "--uri", f"{engine}.db", "--json", "ingest", "photos", "--engine", engine, "--actors", "1"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        for engine in ("ray", "local")
-    ]
-    assert ended[0].returncode == ended[1].returncode == 1
-    assert ended[0].stderr == ended[1].stderr
-    reports = [json.loads(one.stdout) for one in ended]
-    assert reports[0] | {"seconds": 0} == reports[1] | {"seconds": 0}
-    assert reports[0]["added"] == COUNT + 2
+    ended = subprocess.run(
+        [*RUN, "--uri", "ray.db", "--json", "ingest", "photos", "--engine", "ray", "--actors", "1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    with DelfIndex.open(tmp_path / "local.db", settings=configured(tiny_model)) as index:
+        report = index.ingest([photos])
+    assert ended.returncode == 1
+    assert ended.stderr == f"failed: {report.failures[0].error}\n" + (
+        "few features: tiny.png is stored, but has too few features to be found reliably\n"
+    )
+    assert json.loads(ended.stdout) | {"seconds": 0} == report.to_dict() | {"seconds": 0}
+    assert report.added == COUNT + 2
 
 
-def test_a_worker_with_another_model_ends_the_run(cluster: str, photos: Path, tiny_model: Path) -> None:
-    settings = configured(tiny_model, actors=1)
+def test_a_worker_with_another_model_says_so(tiny_model: Path) -> None:
+    settings = configured(tiny_model)
     fingerprint = replace(PhotoMatcher(settings).fingerprint, weights="0" * 64)
-    photo = Photo(photos / "00.png", "00.png", photos)
     with pytest.raises(ModelError, match="A worker of the Ray cluster has another model"):
-        list(OnRay(settings, fingerprint)([Work(photo, ImageRecord("00.png"), None)]))
+        _Worker(None, settings, fingerprint, False)._made()
 
 
 def test_ctrl_c_ends_a_cluster_of_ones_own_which_nobody_else_could_reach(
