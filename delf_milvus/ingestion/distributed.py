@@ -267,7 +267,7 @@ def _imported(*, own: bool) -> Any:
         raise UsageError(
             f"The engine ray needs {error.name}, which is not installed: run `pip install 'delf-milvus[ray]'`."
         ) from error
-    # Read when a cluster is connected to; before the import it would be told on stderr.
+    # What its core has to say of workers that died stays in its files.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     return ray
 
