@@ -117,18 +117,20 @@ class OnRay:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
         # Reports of dead workers would be printed on stdout, among the data.
         ray._private.worker._worker_logs_enabled = False
+        if self._address:
+            _knock(self._address)
         with _own_folder() as folder:
             try:
                 try:
                     with _unheard():
                         if self._address:
-                            _knock(self._address)
                             ray.init(address=self._address, **quiet)
                         else:
                             self._start(folder, quiet)
                 except Exception as error:
-                    which = f"at {one_line(self._address)} cannot be reached" if self._address else "cannot be started"
-                    raise ClusterError(f"A Ray cluster {which} ({_line(error, 0)}).") from error
+                    if self._address:
+                        raise _unreachable(self._address, error) from error
+                    raise ClusterError(f"A Ray cluster cannot be started here ({_line(error, 0)}).") from error
                 for name in ("ray", "ray.data"):
                     logging.getLogger(name).setLevel(logging.CRITICAL)
                 yield
@@ -290,10 +292,20 @@ def _unheard() -> Iterator[None]:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError where nothing listens at an address of the form host:port: Ray itself would try for minutes."""
+    """Raise ClusterError where nothing listens at an address of the form host:port: Ray would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> ClusterError:
+    return ClusterError(
+        f"The Ray cluster at {one_line(address)} cannot be reached ({_line(error, 0)}): check ray.address, or "
+        "RAY_ADDRESS."
+    )
 
 
 def _own_folder() -> Any:

@@ -10,7 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class DeadlyFileSystem(LocalFileSystem):
-    """Reading `deadly*` kills the process each time; reading `once*` the first time, which leaves a file beside it."""
+    """Reading `deadly*` kills the process."""
 
     protocol = "deadly"
 
@@ -19,15 +19,6 @@ class DeadlyFileSystem(LocalFileSystem):
         return super()._strip_protocol(str(path).removeprefix("deadly://"))
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        name = os.path.basename(path)
-        if name.startswith("deadly") or (name.startswith("once") and self._is_first(f"{path}.killed")):
+        if os.path.basename(path).startswith("deadly"):
             os.kill(os.getpid(), signal.SIGKILL)
         return super()._open(path, mode, **options)
-
-    @staticmethod
-    def _is_first(mark: str) -> bool:
-        try:
-            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        return True
