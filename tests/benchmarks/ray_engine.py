@@ -21,6 +21,7 @@ import psutil
 from delf_milvus import DelfIndex, Settings
 from delf_milvus.ingestion.pipeline import Progress
 from delf_milvus.ingestion.scan import scan
+from delf_milvus.model.environment import prepare_environment
 
 
 def main() -> None:
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--preset", default="fast")
     options = parser.parse_args()
+    # As the command does.
+    prepare_environment()
     found = scan([options.photos]).photos[: options.count]
     # All else that a process does once is done before the local engine is measured.
     runs = [
