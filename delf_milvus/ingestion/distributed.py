@@ -49,7 +49,7 @@ _BLOCKS_EACH = 4
 _TOGETHER, _ALONE = 1, 2
 """Times that a block is begun as a whole, and then each of its photos alone, before that photo is given up."""
 
-_STARTS = 3
+_STARTS = 5
 """Attempts to start a cluster: it gives itself 15 seconds, in which a busy machine may not have loaded its programs."""
 
 _KNOCK_SECONDS = 10.0
