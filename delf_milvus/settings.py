@@ -49,6 +49,8 @@ Profile = Literal[
 
 Runtime = Literal["torch", "openvino"]
 
+IndexedChoice = Literal["top", "spread"]
+
 Device = Literal["auto", "cpu", "cuda"]
 
 EngineName = Literal["local", "ray"]
@@ -218,6 +220,17 @@ class StoreSettings(_Stage):
         "are text, integer, number and boolean.",
     )
     tenant_field: str = Field(default="", description="Text field that keeps tenants apart, for a new collection.")
+    indexed_features: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Stored features of an image that searches look for, for a new collection; the others are only "
+        "compared, and take disk but no memory. None: all.",
+    )
+    indexed_choice: IndexedChoice = Field(
+        default="spread",
+        description="Which ones: those of highest score, or spread over the photo and unlike each other.",
+    )
     tenant: str = Field(default="", description="Whose images are read, written and searched; none: a search sees all.")
     retry_seconds: float = Field(
         default=15.0,

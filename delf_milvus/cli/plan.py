@@ -24,6 +24,9 @@ def plan(
     features: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Stored of a photo. Default: the preset's")
     ] = None,
+    indexed: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Of these, in the index. Default: the settings', or all")
+    ] = None,
     dim: Annotated[int, typer.Option(min=1, max=32768, help="Components of a descriptor.")] = 40,
     profile: Annotated[str | None, typer.Option(help="auto, FLAT, IVF_PQ, HNSW ... Default: the settings'")] = None,
     preset: Annotated[
@@ -50,6 +53,8 @@ def plan(
 
     Example: delf-milvus plan --images 1.5B --features 300 --queries-per-second 20
 
+    Example: delf-milvus plan --images 1B --indexed 80
+
     Example: delf-milvus --json plan --images 250k --preset paper --profile HNSW
     """
     from delf_milvus.planning import coefficients as known
@@ -67,6 +72,7 @@ def plan(
     request = PlanRequest(
         images=parse_count(images),
         features=features or extract.plan.stored_features,
+        indexed=indexed or own.indexed_features,
         query_features=extract.plan.query_features,
         dim=dim,
         profile=one_profile(profile) or own.profile,

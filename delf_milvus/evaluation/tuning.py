@@ -256,8 +256,8 @@ def _drawn(index: DelfIndex, config: TuningConfig) -> _Sample:
     images = {key: drawn[key] for key in keys[len(asking) :]}
     return _Sample(
         {key: Candidate(record.image_id, record.uri, features) for key, (record, features) in images.items()},
-        np.concatenate([feature_keys(key, len(features)) for key, (_, features) in images.items()]),
-        np.concatenate([features.descriptors for _, features in images.values()]),
+        np.concatenate([feature_keys(key, record.feature_count) for key, (record, _) in images.items()]),
+        np.concatenate([features.descriptors[: record.feature_count] for record, features in images.values()]),
         [drawn[key][1].top(count) for key in asking],
     )
 

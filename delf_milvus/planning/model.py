@@ -2,7 +2,7 @@
 
 Nothing is asked or measured here. An estimate whose coefficient nobody has measured is None, and never a guess.
 
-The model, for N rows (images x features) in S segments, each with an index of its own of L lists:
+The model, for N rows (images x indexed features) in S segments, each with an index of its own of L lists:
 
 - memory of query nodes: code, its number and primary key for each row, the centres of each segment; the other fields
   lie on disk (mmap, as in deploy/helm/values.yaml). A standalone server and Milvus Lite keep them in memory.
@@ -52,7 +52,7 @@ _MOST = 10**15
 class PlanRequest:
     """What to plan for.
 
-    features: stored of an image. query_features: of a query photo. dim, global_dim: components of a local and of the
+    features: stored of an image; indexed: of these, in the index, None for all. query_features: of a query photo. dim, global_dim: components of a local and of the
     global descriptor. profile, wishes, nprobe: as in the settings of the store. neighbours, candidates: of the search.
     release: of Milvus. replicas: copies of what is loaded. queries_per_second: wanted, or None.
     """
@@ -71,11 +71,17 @@ class PlanRequest:
     release: tuple[int, int] = (2, 6)
     replicas: int = 1
     queries_per_second: float | None = None
+    indexed: int | None = None
+
+    @property
+    def image_rows(self) -> int:
+        """Descriptors of an image in the index."""
+        return self.features if self.indexed is None else min(self.indexed, self.features)
 
     @property
     def rows(self) -> int:
-        """Descriptors in the collection."""
-        return self.images * self.features
+        """Descriptors in the index."""
+        return self.images * self.image_rows
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class _Sizes:
         self.segment_rows = rows_in_segment(self.engine, dim, rows)
         self.segments = math.ceil(rows / self.segment_rows)
         self.raw = 4 * dim * rows
-        self.packed = math.ceil((dim + 7) * 4 / 3) * rows
+        self.packed = math.ceil((dim + 7) * 4 / 3) * request.images * request.features
         self.images = request.images * (4 * request.global_dim + self._of["primary_key_bytes"])
         self.text = request.images * self._of["image_text_bytes"]
         lists = 4 * dim * self.index.index_params.get("nlist", 0)
@@ -231,7 +237,7 @@ class _Sizes:
 def make_plan(request: PlanRequest, hardware: Hardware | None = None, coefficients: Coefficients = DEFAULTS) -> Plan:
     """The plan for a request. Raises UsageError for an index that Milvus of that release cannot build."""
     hardware = hardware or Hardware()
-    if not 1 <= request.images <= _MOST or request.rows > _MOST:
+    if not 1 <= request.images <= _MOST or request.images * request.features > _MOST:
         raise UsageError("A plan is for 1 to 10^15 descriptors: give fewer images or features.")
     sizes = _Sizes(request, coefficients)
     estimates = [
@@ -260,10 +266,17 @@ def _collection(sizes: _Sizes) -> Iterator[Estimate]:
     request, params = sizes.request, sizes.index.index_params
     told = ", ".join(f"{name} {value}" for name, value in params.items())
     widths = "widths of the fields"
-    yield Estimate("descriptors", "descriptors", request.rows, "count", f"{request.features} an image", _ASKED)
+    of_image = f"{request.image_rows} an image"
+    if request.image_rows < request.features:
+        of_image += f", {request.features} compared"
+    yield Estimate("descriptors", "descriptors", request.rows, "count", of_image, _ASKED)
     yield Estimate("raw_bytes", "raw descriptors", sizes.raw, "bytes", f"{request.dim} floats each", widths)
     index = f"{sizes.index.index_type} {told}".strip()
     yield Estimate("index_bytes", "index", sizes.index_bytes, "bytes", index, _FILES)
+    each = "index, keys, global descriptor"
+    yield Estimate("image.memory", "memory of an image", sizes.loaded / request.images, "bytes", each, widths)
+    each = "mapped or read from disk: fields, packed features"
+    yield Estimate("image.disk", "disk of an image", sizes.mapped / request.images, "bytes", each, widths)
     yield Estimate("segments", "segments", sizes.segments, "count", f"{sizes.segment_rows} rows in a full one", _FILES)
     if "nlist" in params:
         probes = min(request.nprobe, params["nlist"])
@@ -416,7 +429,8 @@ def _drivers(sizes: _Sizes, coefficients: Coefficients) -> Iterator[Driver]:
     wishes = request.wishes
     changes: dict[str, PlanRequest] = {}
     if request.features > 1:
-        changes["half the features"] = replace(request, features=request.features // 2)
+        half = None if request.indexed is None else max(1, request.image_rows // 2)
+        changes["half the features"] = replace(request, features=request.features // 2, indexed=half)
     if request.dim > 1:
         code = replace(wishes, m=wishes.m // 2 if wishes.m and wishes.m % 2 == 0 else None)
         changes["half the components (dim)"] = replace(request, dim=request.dim // 2, wishes=code)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -125,6 +126,11 @@ class AttachedCollections:
                 f"The collection {self._collection!r} has other declared fields than what is to be imported: import "
                 "into a new collection with --collection."
             )
+        if (facts.indexed, facts.indexed_choice) != (made.indexed, made.indexed_choice):
+            raise CollectionError(
+                f"The collection {self._collection!r} indexes another number or choice of an image's features than "
+                "what is to be imported: import into a new collection with --collection."
+            )
         if facts.chunks < made.chunks:
             raise CollectionError(
                 f"The collection {self._collection!r} was made for fewer features an image than what is to be "
@@ -175,6 +181,13 @@ class AttachedCollections:
                 f"{f'; tenant: {facts.tenant_field}' if facts.tenant_field else ''}); declare these or none, or ingest "
                 "into a new collection with --collection."
             )
+        own = self._settings
+        if own.indexed_features and (facts.indexed, facts.indexed_choice) != (own.indexed_features, own.indexed_choice):
+            kept = f"{facts.indexed} ({facts.indexed_choice})" if facts.indexed else "all"
+            raise CollectionError(
+                f"The collection {self._collection!r} at {self._db.where} was made to index {kept} of an image's "
+                "features: leave store.indexed_features out, or ingest into a new collection with --collection."
+            )
         return facts
 
     def _check_model(self, stored: Fingerprint, wanted: Fingerprint) -> None:
@@ -200,7 +213,11 @@ class AttachedCollections:
         if self._facts:
             return self._facts
         chunks = chunks_needed(self._max_features, fingerprint.dim)
-        return CollectionFacts(fingerprint, chunks, self._declared, self._settings.tenant_field)
+        own = self._settings
+        facts = CollectionFacts(fingerprint, chunks, self._declared, own.tenant_field)
+        if own.indexed_features is None:
+            return facts
+        return replace(facts, indexed=own.indexed_features, indexed_choice=own.indexed_choice)
 
     def _owner(self) -> str:
         """The tenant whose images are read and written by id; "" in a collection without tenants."""

@@ -144,7 +144,10 @@ class FeatureStore(StoreWriter):
             raise UsageError("A rebuild takes the images of all tenants: leave --tenant out.")
         generation = generations.target(self._db, self._collection, fingerprint, self._generation, self._settings)
         fields = {field.name: field.declaration for field in facts.declared}
-        settings = self._settings.model_copy(update={"fields": fields, "tenant_field": facts.tenant_field})
+        kept: dict[str, object] = {"fields": fields, "tenant_field": facts.tenant_field}
+        if facts.indexed:
+            kept |= {"indexed_features": facts.indexed, "indexed_choice": facts.indexed_choice}
+        settings = self._settings.model_copy(update=kept)
         return FeatureStore(
             self._db, self._collection, fingerprint, settings, max_features, self._index_from, generation
         )

@@ -4,7 +4,9 @@ One pass over both collections in the order of their keys, joined image by image
 findings. Nobody may write meanwhile: what an ingest has half written looks like damage.
 
 Which one is the truth: the feature rows are, because the packed text was made of them and is rounded. Only where the
-rows are no features (not finite, not of unit norm, not in falling attention) they are written anew from the text.
+rows are no features (not finite, not of unit norm, not in falling attention) they are written anew from the text. Of
+an image that has more features than its collection indexes, the others are in the text alone: where that is unreadable
+they are lost.
 
 On a server the pages are those of a query iterator. Milvus Lite walks all keys on every query, so there the keys are
 read in few large ranges (they are spread evenly, being hashes) and the rows by key.
@@ -42,6 +44,7 @@ REMEDIES = {
 }
 """Kinds of findings, each with what it is and what `repair` does."""
 
+_ARRAYS = ("locations", "scales", "attention", "descriptors")
 _DROPS = frozenset(("lost_features", "wrong_key", "other_model"))
 _PAGE_BYTES = 8_000_000
 _PAGE_ROWS = 10_000
@@ -178,16 +181,26 @@ class Fsck:
         stale = sum(any(row[name] != image[name] for name in self._names) for row in ours)
         if stale:
             found.append(_Damage("stale_fields", stale, f"{', '.join(self._names)} differ from the image's"))
-        exact, packed = self._of_rows(image, ours), self._of_text(image)
-        if isinstance(exact, Features):
-            differing = [packed] if isinstance(packed, str) else rounding_differences(packed, exact)
-            if differing:
-                found.append(_Damage("packed_geometry", 1, "; ".join(differing)))
-        elif isinstance(packed, Features) and len(packed) == count:
-            found.append(_Damage("damaged_features", count, exact))
-        else:
+        compared = self._compared(self._of_rows(image, ours), self._of_text(image), count)
+        return [*found, *compared] if all(one.kind not in _DROPS for one in compared) else compared
+
+    def _compared(self, exact: Features | str, packed: Features | str, count: int) -> list[_Damage]:
+        """What is wrong with the `count` features of the rows or with the packed ones, each given as they are or why
+        they are none."""
+        fits = isinstance(packed, Features) and self._facts.rows_of(len(packed)) == count
+        if isinstance(exact, str):
+            if fits:
+                return [_Damage("damaged_features", count, exact)]
             return [_Damage("lost_features", count, f"neither the rows nor the packed features are sound: {exact}")]
-        return found
+        if isinstance(packed, str):
+            differing = [packed]
+        else:
+            differing = rounding_differences(packed.top(count) if fits else packed, exact)
+        if not differing:
+            return []
+        if self._whole(exact, packed) is None:
+            return [_Damage("lost_features", 1, f"those that only the packed ones have: {'; '.join(differing)}")]
+        return [_Damage("packed_geometry", 1, "; ".join(differing))]
 
     def _of_rows(self, image: Row, rows: list[Row]) -> Features | str:
         """The features that the rows say, or why they are none."""
@@ -210,6 +223,19 @@ class Fsck:
         except ValueError as error:
             return f"unreadable ({error})"
 
+    def _whole(self, exact: Features, packed: Features | str) -> Features | None:
+        """All features of an image, the rows' and, where there may be more, those that are in the text alone; None
+        where these are lost."""
+        if len(exact) != self._facts.indexed:
+            return exact
+        if isinstance(packed, str) or len(packed) < len(exact):
+            return None
+        parts = {name: np.concatenate([getattr(exact, name), getattr(packed, name)[len(exact) :]]) for name in _ARRAYS}
+        try:
+            return Features(**parts, width=exact.width, height=exact.height)
+        except ValueError:
+            return None
+
     def _mend(self, key: int) -> None:
         """Read one image again and mend it."""
         image, rows = self._read(key)
@@ -226,13 +252,14 @@ class Fsck:
                 exact, packed = self._of_rows(image, rows[:count]), self._of_text(image)
                 sound = exact if isinstance(exact, Features) else packed
                 if isinstance(sound, Features):
-                    spec = self._facts.features
+                    sound, spec = sound.top(count), self._facts.features
                     write_columns(self._db, self._features, spec, records.feature_columns(key, sound, spec, image))
             if "packed_geometry" in kinds:
                 exact = self._of_rows(image, rows[:count])
-                if isinstance(exact, Features):
+                whole = self._whole(exact, self._of_text(image)) if isinstance(exact, Features) else None
+                if whole is not None:
                     record = records.record_of(image, self._facts.tenant_field)
-                    row = records.image_row(record, exact, self._facts)
+                    row = records.image_row(record, whole, self._facts)
                     self._write(self._images, [{**row, GLOBAL: image[GLOBAL]}])
 
     def _read(self, key: int) -> tuple[Row | None, list[Row]]:

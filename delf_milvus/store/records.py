@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.errors import CollectionError, DatabaseError, InputError, one_line
-from delf_milvus.features import Features, Fingerprint, Float32Array
+from delf_milvus.features import Features, Float32Array
 from delf_milvus.store.codec import pack, split, unpack
 from delf_milvus.store.columns import METADATA, Columns
 from delf_milvus.store.fields import typed_values
@@ -154,15 +154,15 @@ def typed(record: ImageRecord, facts: CollectionFacts, tenant: str) -> ImageReco
     return replace(record, metadata=metadata | values, tenant=tenant if facts.tenant_field else "")
 
 
-def completed(record: ImageRecord, features: Features, fingerprint: Fingerprint) -> ImageRecord:
-    """The record with what the features, the model and the clock say."""
+def completed(record: ImageRecord, features: Features, facts: CollectionFacts) -> ImageRecord:
+    """The record with what the features, the collection and the clock say."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return replace(
         record,
         width=features.width,
         height=features.height,
-        feature_count=len(features),
-        model=fingerprint.short,
+        feature_count=facts.rows_of(len(features)),
+        model=facts.fingerprint.short,
         ingested_at=record.ingested_at or now,
     )
 

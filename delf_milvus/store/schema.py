@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from delf_milvus.errors import UsageError
 from delf_milvus.features import Fingerprint
+from delf_milvus.settings import IndexedChoice
 from delf_milvus.store.codec import MAX_TEXT
 from delf_milvus.store.fields import MAX_TEXT_BYTES, DeclaredField, FieldKind
 
@@ -148,13 +149,20 @@ RESERVED = frozenset(field.name for spec in (features_spec(1), images_spec(1, 1)
 @dataclass(frozen=True)
 class CollectionFacts:
     """What a collection was made for: the model, how many VARCHAR fields a packed image has, the declared fields, which
-    of them is the tenant ("" for none), and the schema's version."""
+    of them is the tenant ("" for none), the schema's version, how many features of an image are rows (0: all) and which
+    ones ("top" or "spread")."""
 
     fingerprint: Fingerprint
     chunks: int
     declared: tuple[DeclaredField, ...] = ()
     tenant_field: str = ""
     schema_version: int = SCHEMA_VERSION
+    indexed: int = 0
+    indexed_choice: IndexedChoice = "top"
+
+    def rows_of(self, count: int) -> int:
+        """How many rows the features collection has of an image with `count` features."""
+        return min(count, self.indexed) if self.indexed else count
 
     @property
     def features(self) -> CollectionSpec:
@@ -182,11 +190,15 @@ class CollectionFacts:
             fingerprint = values["fingerprint"]
             declared = tuple(DeclaredField.parse(*item) for item in sorted(values.get("declared", {}).items()))
             tenant_field = str(values.get("tenant_field", ""))
+            indexed, choice = int(values.get("indexed", 0)), values.get("indexed_choice", "top")
         except (TypeError, KeyError, AttributeError, UsageError) as error:
             raise ValueError(f"not the facts of a collection: {error}") from error
         if version != SCHEMA_VERSION:
             raise ValueError(f"schema version {version}, this program knows {SCHEMA_VERSION}")
-        return CollectionFacts(Fingerprint.from_json(json.dumps(fingerprint)), chunks, declared, tenant_field, version)
+        if indexed < 0 or choice not in get_args(IndexedChoice):
+            raise ValueError(f"it indexes {indexed} features of an image, chosen by {choice!r}")
+        model = Fingerprint.from_json(json.dumps(fingerprint))
+        return CollectionFacts(model, chunks, declared, tenant_field, version, indexed, choice)
 
 
 def to_pymilvus(spec: CollectionSpec) -> CollectionSchema:

@@ -254,8 +254,11 @@ def read_manifest(folder: Path) -> Manifest:
             f"{one_line(folder)} has schema version {manifest.facts.schema_version}, this program knows "
             f"{SCHEMA_VERSION}: import it with the version of delf-milvus that exported it."
         )
-    if not (1 <= manifest.facts.fingerprint.dim <= _MOST_DIM and 1 <= manifest.facts.chunks <= _MOST_CHUNKS):
+    made = manifest.facts
+    if not (1 <= made.fingerprint.dim <= _MOST_DIM and 1 <= made.chunks <= _MOST_CHUNKS):
         raise InputError(f"{one_line(path)} is damaged: no collection has such descriptors or so many packed fields.")
+    if not 0 <= made.indexed <= MAX_FEATURES:
+        raise InputError(f"{one_line(path)} is damaged: no collection indexes {made.indexed} features of an image.")
     names = [one.file for part in manifest.parts for one in (part.images, part.features)]
     kinds = all(p.images.file.startswith("images") and p.features.file.startswith("features") for p in manifest.parts)
     sums = tuple(sum(getattr(part, kind).rows for part in manifest.parts) for kind in ("images", "features"))
@@ -486,7 +489,7 @@ def _checked(
             raise ValueError(f"the key or the feature count of image {record.image_id!r} is wrong")
         text = "".join(row.pop(name) for name in keypoint_fields(facts.chunks))
         packed = unpack(text)
-        if (len(packed), packed.width, packed.height) != (count, row["width"], row["height"]):
+        if (facts.rows_of(len(packed)), packed.width, packed.height) != (count, row["width"], row["height"]):
             raise ValueError(f"the packed features of image {record.image_id!r} are not its own")
         if not np.isfinite(row[GLOBAL]).all():
             raise ValueError(f"the descriptor of image {record.image_id!r} is not finite")

@@ -21,6 +21,7 @@ from delf_milvus.errors import CollectionError, DatabaseError
 from delf_milvus.features import MAX_FEATURES, ORDINAL_BITS, Features
 from delf_milvus.store import generations, records
 from delf_milvus.store.bulk import BulkImport
+from delf_milvus.store.choosing import spread
 from delf_milvus.store.codec import chunks_needed
 from delf_milvus.store.columns import Columns, joined, length, slices, write_columns
 from delf_milvus.store.keys import feature_keys, image_key
@@ -80,12 +81,14 @@ class StoreWriter(StoreReader):
                     )
                 if record.key in complete:
                     _check_collision(complete[record.key][0].image_id, record.image_id)
-                complete[record.key] = (records.completed(record, features, fingerprint), features)
+                if facts.indexed_choice == "spread" and len(features) > facts.indexed:
+                    features = spread(features, facts.indexed)
+                complete[record.key] = (records.completed(record, features, facts), features)
                 if chunks_needed(len(features), fingerprint.dim) > facts.chunks:
                     # It may fit all the same, but that must be known now.
                     records.image_row(record, features, facts)
             columns = {
-                key: records.feature_columns(key, features, facts.features, record.metadata)
+                key: records.feature_columns(key, features.top(record.feature_count), facts.features, record.metadata)
                 for key, (record, features) in complete.items()
             }
             metadata = {key: record.metadata for key, (record, _) in complete.items() if record.metadata}

@@ -48,6 +48,7 @@ from delf_milvus.store.keys import image_key
 from delf_milvus.store.records import ImageRecord
 
 SETS = ("ukbench", "landmarks", "multiview", "churches", "objects")
+PATIENT = StoreSettings(timeout=600)
 DEEP = 1000
 """Images without verification at most that a ranking goes on with: those that a search can show at most."""
 
@@ -176,13 +177,15 @@ class Stored:
 
 
 @contextmanager
-def stored(photos: PhotoSet, model: Fingerprint, most: int, uri: str, profile: Profile) -> Iterator[Stored]:
+def stored(
+    photos: PhotoSet, model: Fingerprint, most: int, uri: str, profile: Profile, settings: StoreSettings = PATIENT
+) -> Iterator[Stored]:
     """The photos in a collection that is dropped afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         server = None if uri else WheelServer(Path(folder))
         try:
             address = uri or (server.uri if server else "")
-            with FeatureStore.open(address, "judge", model, StoreSettings(timeout=600), max_features=most) as store:
+            with FeatureStore.open(address, "judge", model, settings, max_features=most) as store:
                 for start in range(0, len(photos.names), 50):
                     some = slice(start, start + 50)
                     store.write(

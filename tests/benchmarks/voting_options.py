@@ -19,7 +19,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.evaluation.metrics import average_precision
-from delf_milvus.features import ORDINAL_BITS
+from delf_milvus.features import ORDINAL_BITS, Features
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.retrieval.evidence import evidence
 from delf_milvus.retrieval.matching import match_many
@@ -193,10 +193,12 @@ def shortlisted(
 
 
 class Pairs:
-    """Matches and inliers of pairs of photos, each computed once."""
+    """Matches and inliers of pairs of photos, each computed once. stored: features that the photos are stored with,
+    where these are not the same."""
 
-    def __init__(self, photos: PhotoSet) -> None:
+    def __init__(self, photos: PhotoSet, stored: Sequence[Features] = ()) -> None:
         self.photos = photos
+        self.stored = stored or photos.features
         self.known: dict[tuple[int, int, int], Floats] = {}
 
     def __call__(self, query: int, features: int, images: list[int]) -> Floats:
@@ -204,7 +206,7 @@ class Pairs:
         new = [i for i in images if (query, features, i) not in self.known]
         if new:
             mine = self.photos.features[query].top(features)
-            others = [self.photos.features[i] for i in new]
+            others = [self.stored[i] for i in new]
             matches = match_many(mine.descriptors, [o.descriptors for o in others], SETTINGS.verify.similarity)
             found = verify_many(
                 keypoints(mine),

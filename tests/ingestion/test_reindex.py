@@ -131,6 +131,23 @@ def test_a_rebuild_takes_every_tenant_and_keeps_them_apart(
     assert (again.switched, again.removed, again.images) == (True, 2, 6)
 
 
+def test_a_rebuilt_collection_indexes_as_many_features_as_before(
+    place: Settings, models: tuple[Path, Path], photos: Path
+) -> None:
+    few = place.store.model_copy(update={"indexed_features": 20})
+    with DelfIndex.open(settings=place.model_copy(update={"store": few})) as index:
+        index.ingest([photos])
+    assert rebuild(place, models[1]).switched
+    with DelfIndex.open(settings=place, model=models[1], create=False) as index:
+        assert index.status()["features"] == 6 * 20
+        assert {record.feature_count for record in index.list()} == {20}
+        assert answers(index)
+        # Unchanged photos are left alone, and changed ones indexed as the others.
+        save_photo(photos / "0.png", make_photo(7, 160, 120))
+        report = index.ingest([photos])
+        assert (report.updated, report.unchanged, index.status()["features"]) == (1, 5, 6 * 20)
+
+
 @ON_BOTH
 def test_a_rebuilt_collection_answers_as_a_fresh_one_and_its_readers_notice_nothing(
     place: Settings, models: tuple[Path, Path], photos: Path

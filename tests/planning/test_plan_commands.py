@@ -42,7 +42,9 @@ def test_the_page_fits_a_terminal_and_names_the_source_of_each_line(
 def test_the_object_has_every_estimate_and_follows_the_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "delf_milvus.toml").write_text("[store]\nnprobe = 64\nnbits = 4\n", encoding="utf-8")
+    (tmp_path / "delf_milvus.toml").write_text(
+        "[store]\nnprobe = 64\nnbits = 4\nindexed_features = 100\n", encoding="utf-8"
+    )
     told = plan(tmp_path, "--json", "plan", "--images", "10M", "--preset", "paper", monkeypatch=monkeypatch)
     made = json.loads(told.output)
     assert made["request"]["features"] == 1000
@@ -51,7 +53,9 @@ def test_the_object_has_every_estimate_and_follows_the_settings(
     values = {one["name"]: one["value"] for one in made["estimates"]}
     Draft202012Validator(schemas()["plan"]).validate(made)
     assert values["nprobe"] == 64
-    assert values["raw_bytes"] == 10**10 * 160
+    assert values["raw_bytes"] == 10**9 * 160
+    told = plan(tmp_path, "--json", "plan", "--images", "10M", "--indexed", "50", monkeypatch=monkeypatch)
+    assert json.loads(told.output)["request"]["indexed"] == 50
 
 
 def test_files_of_hardware_and_of_coefficients_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,28 @@ def test_bytes_grow_with_images_features_and_components(images: int, features: i
         assert after >= before, name
 
 
+def test_features_that_are_only_compared_take_disk_and_no_memory() -> None:
+    every, some, few = (
+        make_plan(PlanRequest(images=10**6, features=features, indexed=indexed, profile="IVF_PQ"))
+        for features, indexed in ((500, None), (500, 81), (81, None))
+    )
+    assert some["image.memory"] == few["image.memory"]
+    assert off(some, "image.memory", 528 + 81 * 44) < 0.01
+    assert off(every, "image.memory", 528 + 500 * 44) < 0.01
+    packed = 63 * (500 - 81)
+    assert off(some, "image.disk", (few["image.disk"] or 0) + packed) < 0.01
+    assert (some["standalone.search"], some["descriptors"]) == (few["standalone.search"], 81e6)
+
+
+@given(images=IMAGES, features=FEATURES, indexed=st.integers(1, 4096))
+def test_no_more_than_the_stored_features_are_indexed(images: int, features: int, indexed: int) -> None:
+    plan = make_plan(PlanRequest(images=images, features=features, indexed=indexed, profile="IVF_PQ"))
+    whole = make_plan(PlanRequest(images=images, features=features, profile="IVF_PQ"))
+    assert plan["descriptors"] == images * min(features, indexed)
+    for name in BYTES:
+        assert (plan[name] or 0) <= (whole[name] or 0), name
+
+
 @given(images=IMAGES, half=st.integers(1, 2048), dim=st.integers(1, 512))
 def test_half_the_features_are_half_the_raw_bytes(images: int, half: int, dim: int) -> None:
     whole = make_plan(PlanRequest(images=images, features=2 * half, dim=dim))["raw_bytes"]

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -22,8 +23,21 @@ def test_each_chunk_of_the_packed_features_has_a_field() -> None:
 
 
 def test_facts_of_a_collection_come_back() -> None:
-    facts = CollectionFacts(MODEL, 2)
-    assert CollectionFacts.from_json(facts.to_json()) == facts
+    for facts in (CollectionFacts(MODEL, 2), CollectionFacts(MODEL, 2, indexed=80, indexed_choice="spread")):
+        assert CollectionFacts.from_json(facts.to_json()) == facts
+
+
+def test_facts_of_before_there_was_a_choice_index_all_features() -> None:
+    values = json.loads(CollectionFacts(MODEL, 2).to_json())
+    del values["indexed"], values["indexed_choice"]
+    assert CollectionFacts.from_json(json.dumps(values)) == CollectionFacts(MODEL, 2)
+
+
+@pytest.mark.parametrize("change", [{"indexed": -1}, {"indexed": "x"}, {"indexed_choice": "best"}])
+def test_facts_of_an_impossible_choice_are_refused(change: dict[str, object]) -> None:
+    values = {**json.loads(CollectionFacts(MODEL, 2).to_json()), **change}
+    with pytest.raises(ValueError):  # noqa: PT011 -- the message depends on what is wrong
+        CollectionFacts.from_json(json.dumps(values))
 
 
 @pytest.mark.parametrize(

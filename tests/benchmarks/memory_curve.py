@@ -1,0 +1,251 @@
+"""Accuracy against bytes: how many features of an image are in the index, which ones, and in how many bits.
+
+    python tests/benchmarks/judge.py --data DATA --model small --neighbours memory   # once: extracts, in runs/judge
+    python tests/benchmarks/memory_curve.py --fingerprint 1dbd98fd6a11 --choose      # what the choices were made by
+    python tests/benchmarks/memory_curve.py --fingerprint 1dbd98fd6a11               # the curve
+
+A point is a collection of all photos. memory: what a server holds of an image (code, number and key of each indexed
+feature, the global descriptor), disk: what it maps or reads (fields and raw vectors of these, the packed features), as
+`delf-milvus plan` works them out. Each point has mean average precision on each set, and the difference to full storage
+(the first point) with the 95 % interval of a paired bootstrap; a star where that leaves out zero. A query has 500
+features; a photo is no answer to itself. --choose judges by the places that are no judging places alone, among the
+churches and every fifth of the objects.
+
+The index is faiss's IVF_PQ, which Milvus's is built on, with lists and `nprobe` as the store chooses them; with
+--server it is Milvus's own, filled through the store, on the test suite's server (Linux x86-64).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import faiss
+import numpy as np
+from judge import PATIENT, SETS, PhotoSet, read_features, stored
+from voting_options import OURS, Keys, Pairs, Similarities, difference, instances_of, ranked, scored, shortlisted
+
+from delf_milvus.evaluation.metrics import average_precision
+from delf_milvus.features import ORDINAL_BITS, Features, Fingerprint
+from delf_milvus.planning.model import PlanRequest, make_plan
+from delf_milvus.settings import IndexedChoice
+from delf_milvus.store.choosing import spread
+from delf_milvus.store.keys import image_key
+from delf_milvus.store.profiles import Wishes, lists_for
+
+NPROBE = 32
+SAMPLE = 64
+"""Vectors for each list that an index is trained with."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A way to store. indexed: features in the index; compared: packed. m, nbits: of the codes; m 0: exact floats."""
+
+    indexed: int = 500
+    choice: IndexedChoice = "spread"
+    m: int = 20
+    nbits: int = 8
+    compared: int = 500
+
+    @property
+    def bytes(self) -> tuple[float, float]:
+        """Of memory and of disk, an image."""
+        profile, wishes = ("IVF_PQ", Wishes(m=self.m, nbits=self.nbits)) if self.m else ("FLAT", Wishes())
+        request = PlanRequest(10**6, self.compared, indexed=self.indexed, profile=profile, wishes=wishes)
+        plan = make_plan(request)
+        return plan["image.memory"] or 0.0, plan["image.disk"] or 0.0
+
+    def __str__(self) -> str:
+        code = f"{self.m}x{self.nbits}" if self.m else "floats"
+        return f"{self.indexed:4d} {self.choice:6s} {code:6s} {self.compared:4d}"
+
+
+FULL = Point(choice="top")
+CURVE = (
+    FULL,
+    Point(81),
+    Point(81, "top"),
+    Point(81, compared=81),
+    Point(81, "top", compared=81),
+    Point(105, nbits=4),
+    Point(105, m=10),
+    Point(97, nbits=5),
+    Point(117, m=10, nbits=5),
+    Point(1),
+    Point(11),
+    Point(35),
+    Point(35, "top"),
+    Point(174),
+    Point(360),
+    Point(500, m=40),
+)
+
+
+def parsed(text: str) -> Point:
+    """A point as in 81:spread:20:8:500."""
+    indexed, choice, *numbers = text.split(":")
+    if choice not in ("top", "spread"):
+        raise SystemExit(f"{text}: the choice is top or spread")
+    return Point(int(indexed), choice, *map(int, numbers))  # type: ignore[arg-type]
+
+
+def ordered(features: Features, point: Point) -> Features:
+    """The features as such a collection stores them, the indexed ones first."""
+    some = features.top(point.compared)
+    return spread(some, point.indexed) if point.choice == "spread" and len(some) > point.indexed else some
+
+
+class Codes:
+    """The indexed features under faiss's IVF_PQ, or exact."""
+
+    def __init__(self, features: list[Features], point: Point) -> None:
+        counts = np.array([min(len(f), point.indexed) for f in features])
+        images = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        self.keys = images << ORDINAL_BITS | np.concatenate([np.arange(n, dtype=np.int64) for n in counts])
+        rows = np.concatenate([f.descriptors[: point.indexed] for f in features])
+        lists = lists_for(len(rows))
+        factory = f"IVF{lists},PQ{point.m}x{point.nbits}" if point.m else "Flat"
+        self.index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        if point.m:
+            drawn = np.random.default_rng(0).permutation(len(rows))[: SAMPLE * lists]
+            self.index.train(rows[np.sort(drawn)])
+            self.index.nprobe = NPROBE
+        self.index.add(rows)
+
+    def neighbours(self, descriptors: Similarities, k: int) -> tuple[Keys, Similarities]:
+        similarities, rows = self.index.search(descriptors, k)
+        return np.where(rows >= 0, self.keys[rows], -1), np.where(rows >= 0, similarities, 0)
+
+
+class OnServer:
+    """Milvus's own index; image keys are turned into numbers."""
+
+    def __init__(self, store: object, names: list[str]) -> None:
+        self.store = store
+        self.numbers = {image_key(name, ""): number for number, name in enumerate(names)}
+
+    def neighbours(self, descriptors: Similarities, k: int) -> tuple[Keys, Similarities]:
+        keys, similarities = self.store.neighbours(descriptors, k)  # type: ignore[attr-defined]
+        images = np.array([self.numbers.get(one, -1) for one in (keys >> ORDINAL_BITS).ravel().tolist()], np.int64)
+        images = images.reshape(keys.shape)
+        return np.where(keys >= 0, images << ORDINAL_BITS | (keys & ((1 << ORDINAL_BITS) - 1)), -1), similarities
+
+
+class Judge:
+    """Average precision of all queries, for points that share what they compare."""
+
+    def __init__(self, photos: PhotoSet, choosing: bool, every: int) -> None:
+        instances = instances_of(photos.names)
+        step = {"ukbench": 5 * every, "landmarks": 2 * every, "multiview": every, "other places": 3 * every}
+        wanted = {"other places"} if choosing else set(step) - {"other places"}
+        self.names: list[str] = []
+        for group in sorted(wanted):
+            self.names += [name for name, (g, _) in instances.items() if g == group][:: step[group]]
+        self.groups = np.array([instances[name][0] for name in self.names])
+        self.photos = photos
+        number = {name: i for i, name in enumerate(photos.names)}
+        self.queries = [number[name] for name in self.names]
+        self.same: dict[str, set[int]] = {}
+        for name, (_, instance) in instances.items():
+            self.same.setdefault(instance, set()).add(number[name])
+        self.instances = instances
+        self.sizes = np.array([len(f) for f in photos.features], np.float64)
+        self.vectors = np.array([f.global_descriptor for f in photos.features])
+        self.pairs = {500: Pairs(photos)}
+
+    def values(self, collection: Codes | OnServer, point: Point, features: list[Features]) -> np.ndarray:
+        if point.compared < 500:
+            self.pairs[point.compared] = Pairs(self.photos, features)
+        pairs = self.pairs[point.compared]
+        found = []
+        for name, query in zip(self.names, self.queries, strict=True):
+            mine = self.photos.features[query].top(OURS.query_features)
+            keys, similarities = collection.neighbours(mine.descriptors, OURS.k)
+            images, scores = scored(OURS, keys, similarities, self.sizes)
+            # As if it were not stored: a photo's match with itself sets a level that no other photo reaches.
+            real = (images != query) & (images >= 0)
+            alike = np.asarray(self.vectors @ self.vectors[query], np.float64)
+            others = np.delete(np.arange(len(self.sizes)), query)
+            order = ranked(
+                OURS, query, *shortlisted(OURS, images[real], scores[real], alike, others, self.sizes), pairs
+            )
+            right = self.same[self.instances[name][1]] - {query}
+            found.append(average_precision(order, right, {query}))
+        return np.array(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path("runs/judge"))
+    parser.add_argument("--fingerprint", required=True)
+    parser.add_argument("--stored", type=int, default=500)
+    parser.add_argument("--choose", action="store_true", help="by the places that judge nothing")
+    parser.add_argument("--every", type=int, default=1, help="of the queries, one in so many")
+    parser.add_argument("--points", type=parsed, nargs="+", default=CURVE, help="as in 81:spread:20:8:500")
+    parser.add_argument("--server", action="store_true", help="the index is that of a Milvus server")
+    parser.add_argument("--save", type=Path, help="JSON file for every point's figures of every query")
+    options = parser.parse_args()
+    sets = [read_features(options.cache / f"{options.fingerprint}-{options.stored}-{name}.npz") for name in SETS]
+    photos = PhotoSet([n for s in sets for n in s.names], [f for s in sets for f in s.features])
+    if options.choose:
+        photos = without_judging(photos)
+    judge = Judge(photos, options.choose, options.every)
+    print(f"{len(photos.names)} photos, {len(judge.names)} queries", flush=True)
+    print("indexed, choice, code, compared: kB of memory, of disk; mAP, difference to the first, 95 % interval")
+    known: dict[str, np.ndarray] = {}
+    for point in options.points:
+        started = time.perf_counter()
+        features = [ordered(f, point) for f in photos.features]
+        known[str(point)] = values = measured(judge, point, features, options.server)
+        base = known[str(options.points[0])]
+        columns = [
+            f"{group}: {difference(values[judge.groups == group], base[judge.groups == group])}"
+            for group in np.unique(judge.groups)
+        ]
+        memory, disk = point.bytes
+        seconds = time.perf_counter() - started
+        print(f"{point}: {memory / 1e3:5.2f} {disk / 1e3:6.1f}  {'  '.join(columns)}  ({seconds:.0f} s)", flush=True)
+        if options.save:
+            options.save.write_text(json.dumps({name: one.tolist() for name, one in known.items()}))
+
+
+def measured(judge: Judge, point: Point, features: list[Features], server: bool) -> np.ndarray:
+    if not server:
+        return judge.values(Codes(features, point), point, features)
+    dim, whole = features[0].dim, len(judge.vectors[0])
+    model = replace(Fingerprint.elsewhere("memory_curve", dim), global_dim=whole)
+    settings = PATIENT.model_copy(
+        update={
+            "indexed_features": point.indexed,
+            "indexed_choice": point.choice,
+            "m": point.m or None,
+            "nbits": point.nbits,
+            "nprobe": NPROBE,
+        }
+    )
+    given = PhotoSet(judge.photos.names, [f.top(point.compared) for f in judge.photos.features])
+    with stored(given, model, point.compared, "", "IVF_PQ" if point.m else "FLAT", settings) as collection:
+        return judge.values(OnServer(collection, judge.photos.names), point, features)
+
+
+def without_judging(photos: PhotoSet) -> PhotoSet:
+    """Other places, churches and every fifth of the objects."""
+    groups = {name: group for name, (group, _) in instances_of(photos.names).items()}
+    kept = [
+        number
+        for number, name in enumerate(photos.names)
+        if groups.get(name, name.split("/")[0]) in ("other places", "churches")
+        or (name.startswith("objects/") and number % 5 == 0)
+    ]
+    return PhotoSet([photos.names[i] for i in kept], [photos.features[i] for i in kept])
+
+
+if __name__ == "__main__":
+    main()
