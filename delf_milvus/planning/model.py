@@ -52,9 +52,10 @@ _MOST = 10**15
 class PlanRequest:
     """What to plan for.
 
-    features: stored of an image; indexed: of these, in the index, None for all. query_features: of a query photo. dim, global_dim: components of a local and of the
-    global descriptor. profile, wishes, nprobe: as in the settings of the store. neighbours, candidates: of the search.
-    release: of Milvus. replicas: copies of what is loaded. queries_per_second: wanted, or None.
+    features: stored of an image; indexed: of these, in the index, None for all. query_features: of a query photo. dim,
+    global_dim: components of a local and of the global descriptor. profile, wishes, nprobe: as in the settings of the
+    store. neighbours, candidates: of the search. release: of Milvus. replicas: copies of what is loaded.
+    queries_per_second: wanted, or None.
     """
 
     images: int

@@ -41,7 +41,8 @@ class StoreStatus:
     says. indexed_rows, index_total_rows: how far it is built; what was written a moment ago is in neither.
     memory_bytes: an estimate for the loaded features. fingerprint: of the model that filled the collection.
     made_elsewhere: who made its features, where no model of ours did, else "". fields: declarations of the fields that
-    a search can be filtered by. tenant_field: the one that keeps tenants apart, or "". pymilvus: its version.
+    a search can be filtered by. tenant_field: the one that keeps tenants apart, or "". indexed_features: most of an
+    image that are rows, 0 for all; indexed_choice: which ones. pymilvus: its version.
     """
 
     backend: str
@@ -64,6 +65,8 @@ class StoreStatus:
     made_elsewhere: str
     fields: Mapping[str, str]
     tenant_field: str
+    indexed_features: int
+    indexed_choice: str
     schema_version: int
     pymilvus: str
 
@@ -195,6 +198,8 @@ class FeatureStore(StoreWriter):
             made_elsewhere=facts.fingerprint.made_elsewhere if facts else "",
             fields={field.name: field.declaration for field in (facts.declared if facts else self._declared)},
             tenant_field=facts.tenant_field if facts else self._settings.tenant_field,
+            indexed_features=facts.indexed if facts else self._settings.indexed_features or 0,
+            indexed_choice=facts.indexed_choice if facts else self._settings.indexed_choice,
             schema_version=facts.schema_version if facts else schema.SCHEMA_VERSION,
             pymilvus=installed_version("pymilvus"),
         )

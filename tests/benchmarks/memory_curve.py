@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,20 +72,19 @@ FULL = Point(choice="top")
 CURVE = (
     FULL,
     Point(81),
-    Point(81, "top"),
-    Point(81, compared=81),
     Point(81, "top", compared=81),
+    Point(35),
+    Point(174),
     Point(105, nbits=4),
+    Point(81, "top"),
     Point(105, m=10),
-    Point(97, nbits=5),
-    Point(117, m=10, nbits=5),
     Point(1),
     Point(11),
-    Point(35),
-    Point(35, "top"),
-    Point(174),
     Point(360),
-    Point(500, m=40),
+    Point(81, compared=200),
+    Point(97, nbits=5),
+    Point(117, m=10, nbits=5),
+    Point(500, "top", m=40),
 )
 
 
@@ -96,10 +96,21 @@ def parsed(text: str) -> Point:
     return Point(int(indexed), choice, *map(int, numbers))  # type: ignore[arg-type]
 
 
-def ordered(features: Features, point: Point) -> Features:
-    """The features as such a collection stores them, the indexed ones first."""
-    some = features.top(point.compared)
-    return spread(some, point.indexed) if point.choice == "spread" and len(some) > point.indexed else some
+class Stores:
+    """The features of all photos as a collection stores them, the indexed ones first; made once for all points, for
+    the order of a small number of spread features is the first part of that of a large one."""
+
+    def __init__(self, photos: PhotoSet, points: Sequence[Point]) -> None:
+        self._photos = photos
+        self._most = max([point.indexed for point in points if point.choice == "spread"], default=0)
+        self._known: dict[tuple[str, int], list[Features]] = {}
+
+    def __getitem__(self, point: Point) -> list[Features]:
+        key = point.choice, point.compared
+        if key not in self._known:
+            some = (features.top(point.compared) for features in self._photos.features)
+            self._known[key] = [spread(one, self._most) if point.choice == "spread" else one for one in some]
+        return self._known[key]
 
 
 class Codes:
@@ -158,12 +169,10 @@ class Judge:
         self.instances = instances
         self.sizes = np.array([len(f) for f in photos.features], np.float64)
         self.vectors = np.array([f.global_descriptor for f in photos.features])
-        self.pairs = {500: Pairs(photos)}
+        self.pairs: dict[int, Pairs] = {}
 
     def values(self, collection: Codes | OnServer, point: Point, features: list[Features]) -> np.ndarray:
-        if point.compared < 500:
-            self.pairs[point.compared] = Pairs(self.photos, features)
-        pairs = self.pairs[point.compared]
+        pairs = self.pairs.setdefault(point.compared, Pairs(self.photos, features))
         found = []
         for name, query in zip(self.names, self.queries, strict=True):
             mine = self.photos.features[query].top(OURS.query_features)
@@ -199,11 +208,11 @@ def main() -> None:
     judge = Judge(photos, options.choose, options.every)
     print(f"{len(photos.names)} photos, {len(judge.names)} queries", flush=True)
     print("indexed, choice, code, compared: kB of memory, of disk; mAP, difference to the first, 95 % interval")
+    stores = Stores(photos, options.points)
     known: dict[str, np.ndarray] = {}
     for point in options.points:
         started = time.perf_counter()
-        features = [ordered(f, point) for f in photos.features]
-        known[str(point)] = values = measured(judge, point, features, options.server)
+        known[str(point)] = values = measured(judge, point, stores[point], options.server)
         base = known[str(options.points[0])]
         columns = [
             f"{group}: {difference(values[judge.groups == group], base[judge.groups == group])}"

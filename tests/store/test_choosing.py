@@ -20,8 +20,9 @@ def rows_of(ordered: Features, features: Features) -> list[int]:
 
 
 def crowded(seed: int = 0) -> Features:
-    """A photo of 640 x 480 whose 400 best features crowd a corner of 100 x 100, and 100 lesser ones lie anywhere."""
-    some = random_features(np.random.default_rng(seed), 500)
+    """A photo of 640 x 480 whose 400 best features crowd a corner of 100 x 75, and 100 lesser ones lie anywhere; all of
+    three kinds."""
+    some = random_features(np.random.default_rng(seed), 500, around=3)
     locations = some.locations.copy()
     locations[:400] = locations[:400] * (100 / 640)
     return Features(locations, some.scales, some.attention, some.descriptors, 640, 480, some.global_descriptor)
@@ -65,7 +66,7 @@ def test_what_is_chosen_covers_the_photo_where_the_best_scores_crowd_a_corner() 
     features = crowded()
     cells = [len({tuple(cell) for cell in one.locations[:50] // 80}) for one in (features, spread(features, 50))]
     assert cells[0] <= 4
-    assert cells[1] >= 20
+    assert cells[1] >= 15
 
 
 def test_of_a_repeated_detail_few_are_chosen() -> None:

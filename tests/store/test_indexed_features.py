@@ -70,6 +70,8 @@ def test_a_collection_remembers_how_many_it_indexes_and_refuses_others(tmp_path:
     with opened(place, indexed=None) as store:
         store.write(ITEMS[3:])
         assert store.count_features() == len(ITEMS) * INDEXED
+        status = store.status()
+        assert (status.indexed_features, status.indexed_choice) == (INDEXED, "spread")
     for indexed, choice in ((INDEXED + 1, "spread"), (INDEXED, "top")):
         with pytest.raises(CollectionError, match=r"made to index 15 \(spread\) of an image's features: leave"):
             opened(place, indexed, choice)  # type: ignore[arg-type]
