@@ -11,8 +11,9 @@ feature, the global descriptor), disk: what it maps or reads (fields and raw vec
 features; a photo is no answer to itself. --choose judges by the places that are no judging places alone, among the
 churches and every fifth of the objects.
 
-The index is faiss's IVF_PQ, which Milvus's is built on, with lists and `nprobe` as the store chooses them; with
---server it is Milvus's own, filled through the store, on the test suite's server (Linux x86-64).
+The lists and `nprobe` are as the store chooses them; the vectors in them are floats, which leaves out what codes lose.
+--codes compares codes of so many bits, by faiss's IVF_PQ. With --server the index is Milvus's own IVF_PQ, filled
+through the store, on the test suite's server (Linux x86-64).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SAMPLE = 64
 
 @dataclass(frozen=True)
 class Point:
-    """A way to store. indexed: features in the index; compared: packed. m, nbits: of the codes; m 0: exact floats."""
+    """A way to store. indexed: features in the index; compared: packed. m, nbits: of the codes."""
 
     indexed: int = 500
     choice: IndexedChoice = "spread"
@@ -58,14 +59,12 @@ class Point:
     @property
     def bytes(self) -> tuple[float, float]:
         """Of memory and of disk, an image."""
-        profile, wishes = ("IVF_PQ", Wishes(m=self.m, nbits=self.nbits)) if self.m else ("FLAT", Wishes())
-        request = PlanRequest(10**6, self.compared, indexed=self.indexed, profile=profile, wishes=wishes)
-        plan = make_plan(request)
+        wishes = Wishes(m=self.m, nbits=self.nbits)
+        plan = make_plan(PlanRequest(10**6, self.compared, indexed=self.indexed, profile="IVF_PQ", wishes=wishes))
         return plan["image.memory"] or 0.0, plan["image.disk"] or 0.0
 
     def __str__(self) -> str:
-        code = f"{self.m}x{self.nbits}" if self.m else "floats"
-        return f"{self.indexed:4d} {self.choice:6s} {code:6s} {self.compared:4d}"
+        return f"{self.indexed:4d} {self.choice:6s} {f'{self.m}x{self.nbits}':5s} {self.compared:4d}"
 
 
 FULL = Point(choice="top")
@@ -75,16 +74,18 @@ CURVE = (
     Point(81, "top", compared=81),
     Point(35),
     Point(174),
-    Point(105, nbits=4),
     Point(81, "top"),
-    Point(105, m=10),
-    Point(1),
     Point(11),
-    Point(360),
+    Point(1),
     Point(81, compared=200),
+)
+CODES = (
+    Point(81),
+    Point(81, m=40),
+    Point(105, nbits=4),
+    Point(105, m=10),
     Point(97, nbits=5),
     Point(117, m=10, nbits=5),
-    Point(500, "top", m=40),
 )
 
 
@@ -114,20 +115,22 @@ class Stores:
 
 
 class Codes:
-    """The indexed features under faiss's IVF_PQ, or exact."""
+    """The indexed features in inverted lists of faiss: as floats, or in codes."""
 
-    def __init__(self, features: list[Features], point: Point) -> None:
+    def __init__(self, features: list[Features], point: Point, codes: bool) -> None:
         counts = np.array([min(len(f), point.indexed) for f in features])
         images = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
         self.keys = images << ORDINAL_BITS | np.concatenate([np.arange(n, dtype=np.int64) for n in counts])
         rows = np.concatenate([f.descriptors[: point.indexed] for f in features])
         lists = lists_for(len(rows))
-        factory = f"IVF{lists},PQ{point.m}x{point.nbits}" if point.m else "Flat"
+        factory = f"IVF{lists},{f'PQ{point.m}x{point.nbits}' if codes else 'Flat'}"
         self.index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-        if point.m:
-            drawn = np.random.default_rng(0).permutation(len(rows))[: SAMPLE * lists]
-            self.index.train(rows[np.sort(drawn)])
-            self.index.nprobe = NPROBE
+        if codes:
+            # Less than the defaults, which take minutes.
+            self.index.pq.cp.niter, self.index.pq.cp.max_points_per_centroid = 8, 40
+        drawn = np.random.default_rng(0).permutation(len(rows))[: SAMPLE * lists]
+        self.index.train(rows[np.sort(drawn)])
+        self.index.nprobe = NPROBE
         self.index.add(rows)
 
     def neighbours(self, descriptors: Similarities, k: int) -> tuple[Keys, Similarities]:
@@ -197,10 +200,12 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=500)
     parser.add_argument("--choose", action="store_true", help="by the places that judge nothing")
     parser.add_argument("--every", type=int, default=1, help="of the queries, one in so many")
-    parser.add_argument("--points", type=parsed, nargs="+", default=CURVE, help="as in 81:spread:20:8:500")
+    parser.add_argument("--points", type=parsed, nargs="+", help="as in 81:spread:20:8:500")
+    parser.add_argument("--codes", action="store_true", help="vectors are in codes; by default these are left out")
     parser.add_argument("--server", action="store_true", help="the index is that of a Milvus server")
     parser.add_argument("--save", type=Path, help="JSON file for every point's figures of every query")
     options = parser.parse_args()
+    options.points = options.points or (CODES if options.codes else CURVE)
     sets = [read_features(options.cache / f"{options.fingerprint}-{options.stored}-{name}.npz") for name in SETS]
     photos = PhotoSet([n for s in sets for n in s.names], [f for s in sets for f in s.features])
     if options.choose:
@@ -212,7 +217,7 @@ def main() -> None:
     known: dict[str, np.ndarray] = {}
     for point in options.points:
         started = time.perf_counter()
-        known[str(point)] = values = measured(judge, point, stores[point], options.server)
+        known[str(point)] = values = measured(judge, point, stores[point], options.codes, options.server)
         base = known[str(options.points[0])]
         columns = [
             f"{group}: {difference(values[judge.groups == group], base[judge.groups == group])}"
@@ -225,22 +230,22 @@ def main() -> None:
             options.save.write_text(json.dumps({name: one.tolist() for name, one in known.items()}))
 
 
-def measured(judge: Judge, point: Point, features: list[Features], server: bool) -> np.ndarray:
+def measured(judge: Judge, point: Point, features: list[Features], codes: bool, server: bool) -> np.ndarray:
     if not server:
-        return judge.values(Codes(features, point), point, features)
+        return judge.values(Codes(features, point, codes), point, features)
     dim, whole = features[0].dim, len(judge.vectors[0])
     model = replace(Fingerprint.elsewhere("memory_curve", dim), global_dim=whole)
     settings = PATIENT.model_copy(
         update={
             "indexed_features": point.indexed,
             "indexed_choice": point.choice,
-            "m": point.m or None,
+            "m": point.m,
             "nbits": point.nbits,
             "nprobe": NPROBE,
         }
     )
     given = PhotoSet(judge.photos.names, [f.top(point.compared) for f in judge.photos.features])
-    with stored(given, model, point.compared, "", "IVF_PQ" if point.m else "FLAT", settings) as collection:
+    with stored(given, model, point.compared, "", "IVF_PQ", settings) as collection:
         return judge.values(OnServer(collection, judge.photos.names), point, features)
 
 
