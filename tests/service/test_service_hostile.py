@@ -88,9 +88,10 @@ def exchanged(served: Process, data: bytes) -> bytes:
     address = urlsplit(served.address)
     assert address.hostname is not None
     with socket.create_connection((address.hostname, address.port or 80), timeout=30) as connection:
-        # It may answer and close before all of it is sent.
+        # It may answer and close before all of it is sent. To shut down what is closed already is no ConnectionError.
         with contextlib.suppress(ConnectionError):
             connection.sendall(data)
+        with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_WR)
         answer = b""
         with contextlib.suppress(ConnectionError):

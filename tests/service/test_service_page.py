@@ -128,10 +128,13 @@ def test_a_query_is_answered_with_proof_that_can_be_looked_at(browser: Any, stor
     assert page.locator(".hit.unproved").count() == 0
 
     first.click()
-    for number in (0, 1):
-        page.locator("#stage img").nth(number).wait_for()
     # The query is a part of the stored photo, from (30, 20) on: laid over it, it lies there.
-    base, over = (page.locator("#stage img").nth(number).bounding_box() for number in (0, 1))
+    base, over = page.wait_for_function(
+        """() => {
+            const places = [...document.querySelectorAll("#stage img")].map((image) => image.getBoundingClientRect());
+            return places.length === 2 && places.every((place) => place.width) && places.map((place) => place.toJSON());
+        }"""
+    ).json_value()
     scale = base["width"] / 320
     (a, _, tx), (_, d, ty) = answer["hits"][0]["transform"]
     assert [(over["x"] - base["x"]) / scale, (over["y"] - base["y"]) / scale] == pytest.approx([tx, ty], abs=1)
@@ -302,6 +305,25 @@ def test_stored_photos_are_listed_searched_and_deleted(browser: Any, stored: Pro
         page.get_by_role("button", name="Search with scenes/4.png").click()
     page.wait_for_selector(".hit:not(.unproved)")
     assert page.locator(".hit-name").first.inner_text() == "scenes/4.png"
+    visit.end()
+
+
+def test_what_is_stored_is_shown_whole_where_the_status_comes_late(browser: Any, stored: Process) -> None:
+    visit = Visit(browser, stored.address)
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        held.append(route)
+
+    visit.page.route("**/v1/status", hold)
+    visit.page.goto(f"{stored.address}#stored")
+    with visit.page.expect_response("**/v1/images?*"):
+        visit.page.reload()
+    visit.page.wait_for_timeout(300)
+    for one in held:
+        one.continue_()
+    visit.page.wait_for_selector(".card img")
+    assert visit.page.get_by_role("button", name="Delete scenes/5.png").is_visible()
     visit.end()
 
 

@@ -6,8 +6,9 @@ const $ = (id) => document.getElementById(id);
 const KEY = "delf-milvus-key";
 const RETRIES = 5;
 
-/** The status of the service, once it is known. */
+/** The status of the service, once it is known, and what ends when that is so, or asking for it failed. */
 let status = null;
+let known = Promise.resolve();
 let key = sessionStorage.getItem(KEY) || "";
 
 // ---- small tools -------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ function picture(id, side) {
 
 function thumb(id, side) {
   const frame = h("span", { className: "thumb" });
-  if (!status || !status.service.photos) {
+  if (status && !status.service.photos) {
     frame.textContent = "no photo";
     return frame;
   }
@@ -125,7 +126,11 @@ function thumb(id, side) {
   return frame;
 }
 
-async function loadStatus() {
+function loadStatus() {
+  return known = askStatus();
+}
+
+async function askStatus() {
   try {
     status = await (await ask("v1/status")).json();
   } catch (problem) {
@@ -577,6 +582,8 @@ function plate(address, width, height, transform, text) {
   return element;
 }
 
+const roomOfCompare = () => `${$("compare").clientWidth} ${window.innerHeight}`;
+
 function drawCompare() {
   if (!compared || !$("compare").open) return;
   const { hit, base, width, height } = compared;
@@ -590,6 +597,7 @@ function drawCompare() {
   stage.classList.toggle("swiping", swipe);
   stage.style.width = "100%";
   const room = stage.clientWidth;
+  drawCompare.room = roomOfCompare();
   const high = Math.max(240, window.innerHeight * 0.58);
   const drawing = svg("svg", { "aria-hidden": "true" });
   const mine = query.width ? query.address : "";
@@ -662,7 +670,10 @@ function dot(drawing, cx, cy, fill) {
   stage.addEventListener("pointerdown", move);
   for (const input of document.querySelectorAll('input[name="mode"]')) input.addEventListener("change", drawCompare);
   $("lines").addEventListener("change", drawCompare);
-  new ResizeObserver(() => requestAnimationFrame(drawCompare)).observe($("compare"));
+  // What is drawn makes the dialog taller, which is no reason to draw it anew.
+  new ResizeObserver(() => requestAnimationFrame(() => {
+    if (drawCompare.room !== roomOfCompare()) drawCompare();
+  })).observe($("compare"));
   $("compare-close").addEventListener("click", () => $("compare").close());
   $("compare").addEventListener("click", (event) => { if (event.target === $("compare")) $("compare").close(); });
   $("compare-open").addEventListener("click", async () => {
@@ -806,6 +817,8 @@ async function listStored(more) {
   if (!more) $("stored-live").textContent = "Loading …";
   try {
     const page = await (await ask(`v1/images?${parameters}`)).json();
+    // Its photos and whether one may delete are in the status, which may come later where this page is opened first.
+    await known;
     const cards = page.images.map(storedCard);
     if (more) $("stored-list").append(...cards);
     else $("stored-list").replaceChildren(...cards);
@@ -866,5 +879,5 @@ $("stored-more").addEventListener("click", () => listStored(true));
 // ---- start -------------------------------------------------------------------------------------------------------
 
 $("view-search").classList.add("empty");
-showView();
 loadStatus();
+showView();
