@@ -31,7 +31,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import faiss
 import numpy as np
 from judge import PATIENT, SETS, PhotoSet, read_features, stored
-from voting_options import OURS, Keys, Pairs, Similarities, difference, instances_of, ranked, scored, shortlisted
+from voting_options import (
+    OURS,
+    Keys,
+    Option,
+    Pairs,
+    Similarities,
+    difference,
+    instances_of,
+    ranked,
+    scored,
+    shortlisted,
+)
 
 from delf_milvus.evaluation.metrics import average_precision
 from delf_milvus.features import ORDINAL_BITS, Features, Fingerprint
@@ -42,29 +53,47 @@ from delf_milvus.store.keys import image_key
 from delf_milvus.store.profiles import Wishes, lists_for
 
 NPROBE = 32
+GLOBAL_DIM = 128
 SAMPLE = 64
 """Vectors for each list that an index is trained with."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A way to store. indexed: features in the index; compared: packed. m, nbits: of the codes."""
+    """A way to store, and to search in it.
+
+    indexed: features in the index; compared: packed. m, nbits: of the codes. global_bits: of each component of a
+    global descriptor, 32 or 8. candidates, global_weight, k: as `search` in the settings has them.
+    """
 
     indexed: int = 500
     choice: IndexedChoice = "spread"
     m: int = 20
     nbits: int = 8
     compared: int = 500
+    global_bits: int = 32
+    candidates: int = OURS.candidates
+    global_weight: float = OURS.global_weight
+    k: int = OURS.k
+
+    @property
+    def option(self) -> Option:
+        """How a search votes and ranks."""
+        return replace(OURS, candidates=self.candidates, global_weight=self.global_weight, k=self.k)
 
     @property
     def bytes(self) -> tuple[float, float]:
         """Of memory and of disk, an image."""
         wishes = Wishes(m=self.m, nbits=self.nbits)
         plan = make_plan(PlanRequest(10**6, self.compared, indexed=self.indexed, profile="IVF_PQ", wishes=wishes))
-        return plan["image.memory"] or 0.0, plan["image.disk"] or 0.0
+        saved = (32 - self.global_bits) / 8 * GLOBAL_DIM
+        return (plan["image.memory"] or 0.0) - saved, plan["image.disk"] or 0.0
 
     def __str__(self) -> str:
-        return f"{self.indexed:4d} {self.choice:6s} {f'{self.m}x{self.nbits}':5s} {self.compared:4d}"
+        stored = (
+            f"{self.indexed:4d} {self.choice:6s} {f'{self.m}x{self.nbits}':5s} {self.compared:4d} {self.global_bits:2d}"
+        )
+        return f"{stored} {self.candidates:4d} {self.global_weight:4.2f} {self.k:3d}"
 
 
 FULL = Point(choice="top")
@@ -90,11 +119,14 @@ CODES = (
 
 
 def parsed(text: str) -> Point:
-    """A point as in 81:spread:20:8:500."""
-    indexed, choice, *numbers = text.split(":")
+    """A point as in 81:spread:20:8:500, or 81:spread:20:8:500:candidates=300:global_weight=0.5."""
+    given = text.split(":")
+    named = dict(one.split("=", 1) for one in given if "=" in one)
+    indexed, choice, *numbers = (one for one in given if "=" not in one)
     if choice not in ("top", "spread"):
         raise SystemExit(f"{text}: the choice is top or spread")
-    return Point(int(indexed), choice, *map(int, numbers))  # type: ignore[arg-type]
+    plain = Point(int(indexed), choice, *map(int, numbers))  # type: ignore[arg-type]
+    return replace(plain, **{name: float(value) if "weight" in name else int(value) for name, value in named.items()})
 
 
 class Stores:
@@ -171,23 +203,24 @@ class Judge:
             self.same.setdefault(instance, set()).add(number[name])
         self.instances = instances
         self.sizes = np.array([len(f) for f in photos.features], np.float64)
-        self.vectors = np.array([f.global_descriptor for f in photos.features])
+        self.vectors = {32: np.array([f.global_descriptor for f in photos.features])}
+        self.vectors[8] = rounded(self.vectors[32])
         self.pairs: dict[int, Pairs] = {}
 
     def values(self, collection: Codes | OnServer, point: Point, features: list[Features]) -> np.ndarray:
         pairs = self.pairs.setdefault(point.compared, Pairs(self.photos, features))
+        option, vectors = point.option, self.vectors[point.global_bits]
         found = []
         for name, query in zip(self.names, self.queries, strict=True):
-            mine = self.photos.features[query].top(OURS.query_features)
-            keys, similarities = collection.neighbours(mine.descriptors, OURS.k)
-            images, scores = scored(OURS, keys, similarities, self.sizes)
+            mine = self.photos.features[query].top(option.query_features)
+            keys, similarities = collection.neighbours(mine.descriptors, option.k)
+            images, scores = scored(option, keys, similarities, self.sizes)
             # As if it were not stored: a photo's match with itself sets a level that no other photo reaches.
             real = (images != query) & (images >= 0)
-            alike = np.asarray(self.vectors @ self.vectors[query], np.float64)
+            alike = np.asarray(vectors @ self.vectors[32][query], np.float64)
             others = np.delete(np.arange(len(self.sizes)), query)
-            order = ranked(
-                OURS, query, *shortlisted(OURS, images[real], scores[real], alike, others, self.sizes), pairs
-            )
+            chosen = shortlisted(option, images[real], scores[real], alike, others, self.sizes)
+            order = ranked(option, query, *chosen, pairs)
             right = self.same[self.instances[name][1]] - {query}
             found.append(average_precision(order, right, {query}))
         return np.array(found)
@@ -200,7 +233,7 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=500)
     parser.add_argument("--choose", action="store_true", help="by the places that judge nothing")
     parser.add_argument("--every", type=int, default=1, help="of the queries, one in so many")
-    parser.add_argument("--points", type=parsed, nargs="+", help="as in 81:spread:20:8:500")
+    parser.add_argument("--points", type=parsed, nargs="+", help="as in 81:spread:20:8:500:candidates=300")
     parser.add_argument("--codes", action="store_true", help="vectors are in codes; by default these are left out")
     parser.add_argument("--server", action="store_true", help="the index is that of a Milvus server")
     parser.add_argument("--save", type=Path, help="JSON file for every point's figures of every query")
@@ -212,7 +245,8 @@ def main() -> None:
         photos = without_judging(photos)
     judge = Judge(photos, options.choose, options.every)
     print(f"{len(photos.names)} photos, {len(judge.names)} queries", flush=True)
-    print("indexed, choice, code, compared: kB of memory, of disk; mAP, difference to the first, 95 % interval")
+    print("indexed, choice, code, compared, bits of the global descriptor, candidates, its weight, k: kB of memory, of")
+    print("disk; mAP, difference to the first, 95 % interval", flush=True)
     stores = Stores(photos, options.points)
     known: dict[str, np.ndarray] = {}
     for point in options.points:
@@ -233,7 +267,7 @@ def main() -> None:
 def measured(judge: Judge, point: Point, features: list[Features], codes: bool, server: bool) -> np.ndarray:
     if not server:
         return judge.values(Codes(features, point, codes), point, features)
-    dim, whole = features[0].dim, len(judge.vectors[0])
+    dim, whole = features[0].dim, GLOBAL_DIM
     model = replace(Fingerprint.elsewhere("memory_curve", dim), global_dim=whole)
     settings = PATIENT.model_copy(
         update={
@@ -247,6 +281,13 @@ def measured(judge: Judge, point: Point, features: list[Features], codes: bool, 
     given = PhotoSet(judge.photos.names, [f.top(point.compared) for f in judge.photos.features])
     with stored(given, model, point.compared, "", "IVF_PQ", settings) as collection:
         return judge.values(OnServer(collection, judge.photos.names), point, features)
+
+
+def rounded(vectors: Similarities) -> Similarities:
+    """Vectors as an index keeps them in a byte a component, between the least and the largest value of each."""
+    low, high = vectors.min(axis=0), vectors.max(axis=0)
+    step = (high - low) / 255
+    return low + step * np.rint((vectors - low) / step)
 
 
 def without_judging(photos: PhotoSet) -> PhotoSet:
