@@ -22,6 +22,7 @@ from delf_milvus.settings import StoreSettings
 from delf_milvus.store import connection, generations, schema
 from delf_milvus.store.columns import length, write_columns
 from delf_milvus.store.connection import Connection
+from delf_milvus.store.indexing import FEATURE_VECTOR, vector_index
 from delf_milvus.store.profiles import METRIC, memory_bytes
 from delf_milvus.store.records import feature_columns
 from delf_milvus.store.schema import CollectionFacts, CollectionSpec
@@ -287,7 +288,7 @@ def _facts(collection: str, found: dict[str, dict[str, Any]]) -> CollectionFacts
 
 def _index(database: Connection, name: str, dim: int) -> Iterator[Check]:
     try:
-        described = database.call("reading the index", database.client.describe_index, name, "descriptor") or {}
+        described = vector_index(database, name, FEATURE_VECTOR)
         rows = int(database.call("counting", database.client.get_collection_stats, name)["row_count"])
     except DelfMilvusError as error:
         yield Check("index", "fail", str(error), "give the user the right to describe indexes")

@@ -101,6 +101,17 @@ def _unwatched(_: BuildProgress) -> None:
     pass
 
 
+def vector_index(database: Connection, name: str, field: str) -> dict[str, Any]:
+    """What the database tells of the index of a collection's vector field, which has that field's name; {} without one.
+
+    Raises DatabaseError.
+    """
+    # Asked for an index that is not there, Milvus Lite describes that of another field, and fails if there are several.
+    if field not in database.call("reading the indexes", database.client.list_indexes, name, field_name=field):
+        return {}
+    return database.call("reading the index", database.client.describe_index, name, field) or {}
+
+
 class Indexing:
     """The indexes of one store's two collections.
 
@@ -168,7 +179,7 @@ class Indexing:
 
     def described(self, name: str) -> BuiltIndex:
         """The index of a collection, or NO_INDEX."""
-        found = self._db.call("reading the index", self._client.describe_index, name, self._vectors[name])
+        found = vector_index(self._db, name, self._vectors[name])
         if not found:
             return NO_INDEX
         flat = {**found, **found.get("params", {})}
@@ -281,7 +292,8 @@ class Indexing:
         if wanted is not None:
             if found != NO_INDEX:
                 self._drop()
-            self._build(self._features, wanted, progress)
+            # Milvus Lite has dropped the indexes of all fields.
+            self._build(self._features, wanted, progress, self._missing(self._features))
         elif whole:
             self._wait(self._features, f"building the index {found.type}", progress)
         progress(BuildProgress("loading", rows, rows))

@@ -44,6 +44,7 @@ def test_a_command_killed_anywhere_is_completed_by_running_it_again(embedded: Tr
         ("prune", "after delete images"),
         ("delete", "in delete features"),
         ("export", "open partial features"),
+        ("reindex", "after create index features"),
     ],
 )
 def test_a_kill_in_the_midst_of_things_is_mended_by_the_same_command(

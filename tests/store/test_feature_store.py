@@ -574,6 +574,36 @@ def test_collections_without_an_index_have_one_again_before_they_are_loaded(tmp_
     client.close()
 
 
+@pytest.mark.parametrize("fields", [{"year": "integer=0"}, {"year": "integer=0", "tag": "text="}])
+def test_an_index_of_another_field_is_not_taken_for_that_of_the_vectors(tmp_path: Path, fields: dict[str, str]) -> None:
+    items = random_items(1, 20, 50)
+    with open_store(tmp_path, settings=StoreSettings(fields=fields)) as store:
+        store.write(items)
+        store.ensure_index()
+        for name, vector in (("delf_features", "descriptor"), ("delf_images", "global_descriptor")):
+            store._client.release_collection(name)
+            store._client.drop_index(name, vector)
+            params = store._client.prepare_index_params()
+            for field in fields:
+                params.add_index(field, index_type="INVERTED", index_name=field)
+            store._client.create_index(name, params)
+        assert store.status().index_used == "none"
+    with open_store(tmp_path, settings=StoreSettings(fields=fields)) as store:
+        assert np.allclose(store.neighbours(items[3][1].descriptors, 1)[1], 1, atol=1e-5)
+        assert store.status().index_used == "FLAT"
+        assert sorted(store._client.list_indexes("delf_features")) == sorted(["descriptor", *fields])
+
+
+def test_an_exchange_of_the_index_leaves_the_fields_theirs(tmp_path: Path) -> None:
+    settings = StoreSettings(fields={"year": "integer=0", "tag": "text="})
+    with open_store(tmp_path, settings=settings, index_from=1000) as store:
+        store.write(random_items(1, 20, 100))
+        assert store.status().index_used == "FLAT"
+        store.ensure_index()
+        assert store.status().index_used == "IVF_SQ8"
+        assert sorted(store._client.list_indexes("delf_features")) == ["descriptor", "tag", "year"]
+
+
 def test_an_exchange_of_the_index_that_failed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object, **__: object) -> None:
         raise MilvusException(1, "no memory")
