@@ -119,7 +119,7 @@ def explain(
 
 def _alone(query: Features, key: int, image: Candidate, search: SearchSettings, verify: VerifySettings) -> Judgement:
     """The judgement of an image that is no candidate, as if it were the only one."""
-    nobody = vote(np.empty((0, 0), np.int64), np.empty((0, 0), np.float32))
+    nobody = vote(np.full((len(query), 1), -1, np.int64), np.zeros((len(query), 1), np.float32))
     only = shortlist(nobody, np.array([key], np.int64), np.ones(1, np.float32), search.global_weight)
     full = search.model_copy(update={"mode": "full"})
     return judge(query, only, {key: image}, full, verify, Timings())

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
 
 _ROWS = 256
@@ -95,9 +96,30 @@ def match_many(query: Float32Array, candidates: Sequence[Float32Array], threshol
     query: (Q, D); candidates: (C_i, D) each; float32, rows of unit L2 norm.
     Raises ValueError for arrays of another shape, unequal D or values that are not finite.
     """
+    return match_and_count(query, candidates, threshold, np.full(len(query), np.inf, np.float32))[0]
+
+
+def match_and_count(
+    query: Float32Array, candidates: Sequence[Float32Array], threshold: float, levels: Float32Array
+) -> tuple[list[Matches], Float64Array]:
+    """`match_many`, and each candidate's votes, (N,), as `voting` counts them, over all of its features.
+
+    levels: (Q,) float32, similarity at which the crowd of each query feature begins; one of infinity has no vote.
+    Errors as of `match_many`.
+    """
     query = _checked(query, "query")
+    matches, votes = [], np.zeros(len(candidates))
     with single_blas_thread():
-        return [_match(query, _checked(candidate, "candidate"), threshold) for candidate in candidates]
+        for row, candidate in enumerate(candidates):
+            found, votes[row] = _match(query, _checked(candidate, "candidate"), threshold, levels)
+            matches.append(found)
+    return matches, votes
+
+
+def soft_votes(best: npt.NDArray[np.floating[Any]], levels: Float32Array, hits: IntArray) -> Float64Array:
+    """What the best hits, (H,), weigh that are so far above the level of their query feature, which has so many hits in
+    the same image."""
+    return np.maximum(best.astype(np.float64) - levels, 0) / np.sqrt(hits)
 
 
 def _checked(descriptors: Float32Array, name: str) -> Float32Array:
@@ -108,14 +130,18 @@ def _checked(descriptors: Float32Array, name: str) -> Float32Array:
     return np.ascontiguousarray(descriptors, dtype=np.float32)
 
 
-def _match(query: Float32Array, candidate: Float32Array, threshold: float) -> Matches:
+def _match(
+    query: Float32Array, candidate: Float32Array, threshold: float, levels: Float32Array
+) -> tuple[Matches, float]:
     if query.shape[1] != candidate.shape[1]:
         raise ValueError(f"the query has {query.shape[1]}-d descriptors, the candidate {candidate.shape[1]}-d ones")
     count = len(query)
     if count == 0 or len(candidate) == 0:
-        return Matches(np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0, np.float32))
+        return Matches(np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0, np.float32)), 0.0
     nearest = np.empty(count, np.intp)
     similarity = np.empty(count, np.float32)
+    hits = np.ones(count, np.intp)
+    counted = np.isfinite(levels).any()
     best = np.full(len(candidate), -np.inf, np.float32)  # over all query features, for each candidate feature
     block = np.empty((min(_ROWS, count), len(candidate)), np.float32)
     for start in range(0, count, _ROWS):
@@ -124,10 +150,14 @@ def _match(query: Float32Array, candidate: Float32Array, threshold: float) -> Ma
         nearest[start : start + _ROWS] = indices = products.argmax(axis=1)
         similarity[start : start + _ROWS] = products[np.arange(len(rows)), indices]
         np.maximum(best, products.max(axis=0), out=best)
+        if counted:
+            above = products > levels[start : start + _ROWS, None]
+            hits[start : start + _ROWS] = np.maximum(np.count_nonzero(above, axis=1), 1)
     mutual = np.flatnonzero((similarity == best[nearest]) & (similarity >= threshold))
     # Query features with the very same descriptor tie for a candidate's feature: written last, the first gets it.
     owner = np.empty(len(candidate), np.intp)
     owner[nearest[mutual[::-1]]] = mutual[::-1]
     mutual = mutual[owner[nearest[mutual]] == mutual]
     order = mutual[np.argsort(-similarity[mutual], kind="stable")]
-    return Matches(order, nearest[order], similarity[order])
+    votes = float(soft_votes(similarity, levels, hits).sum()) if counted else 0.0
+    return Matches(order, nearest[order], similarity[order]), votes

@@ -1,4 +1,4 @@
-"""The search of one query photo: vote, shortlist, fetch, match, verify, rank.
+"""The search of one query photo: vote, shortlist, fetch, match and count votes again, verify, rank.
 
 The database is behind three calls (`CandidateSource`), so that the same search runs over Milvus, over arrays in memory
 and over whatever a test needs. Who must wait for the database otherwise, calls the stages between: `vote`, `shortlist`
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from delf_milvus.features import Features
 from delf_milvus.retrieval.evidence import evidence
-from delf_milvus.retrieval.matching import Matches, match_many
+from delf_milvus.retrieval.matching import Matches, match_and_count
 from delf_milvus.retrieval.ranking import combined_scores
 from delf_milvus.retrieval.shortlist import NOBODY, Shortlist, shortlist
 from delf_milvus.retrieval.verification import Keypoints, Verification, verify_many
@@ -164,14 +164,19 @@ def judge(
     candidates = [stored[images[row]] for row in rows]
     with timings.measure("match"):
         if search.mode == "full":
-            matches = match_many(query.descriptors, [c.features.descriptors for c in candidates], verify.similarity)
+            descriptors = [c.features.descriptors for c in candidates]
+            levels = chosen.votes.levels
+            matches, votes = match_and_count(query.descriptors, descriptors, verify.similarity, levels)
+            scores = chosen.recounted(rows, votes)
         else:
+            scores = chosen.scores[rows]
             matches = [chosen.hits(row, verify.similarity) for row in rows]
             matches = [_existing(m, c) for m, c in zip(matches, candidates, strict=True)]
     with timings.measure("verify"):
-        judged = verified_candidates(query, candidates, matches, verify, chosen.scores[rows])
+        judged = verified_candidates(query, candidates, matches, verify, scores)
         rest, rest_scores = chosen.images[search.candidates :], chosen.scores[search.candidates :]
-        judged = replace(judged, rest=rest, rest_scores=rest_scores)
+        # Nothing is known of them that would put them before a candidate.
+        judged = replace(judged, rest=rest, rest_scores=np.minimum(rest_scores, scores.min(initial=np.inf)))
         return judged.ordered(combined_scores(judged.scores, judged.inliers, search.inlier_weight))
 
 

@@ -8,6 +8,7 @@ is more similar than that of the last image that was found so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ class Shortlist:
 
     images: (I,) int64, image keys. scores: (I,) float64, never negative. votes: of the local descriptors; rows: (I,)
     intp, where an image is among them, -1 without a vote. similarities: (I,) float32, of the global descriptors, NaN
-    where it was not among those found.
+    where it was not among those found. whole: (I,) float64, what these add to the scores.
     """
 
     images: Int64Array
@@ -38,6 +39,7 @@ class Shortlist:
     votes: Votes
     rows: npt.NDArray[np.intp]
     similarities: Float32Array
+    whole: npt.NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -48,6 +50,10 @@ class Shortlist:
             none = np.empty(0, np.intp)
             return Matches(none, none, np.empty(0, np.float32))
         return self.votes.hits(int(self.rows[rank]), threshold)
+
+    def recounted(self, ranks: Sequence[int], votes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The scores, (N,), of the images of these ranks, had they so many votes, (N,)."""
+        return relative(votes) + self.whole[list(ranks)]
 
 
 def shortlist(votes: Votes, keys: Int64Array, similarities: Float32Array, weight: float) -> Shortlist:
@@ -65,6 +71,7 @@ def shortlist(votes: Votes, keys: Int64Array, similarities: Float32Array, weight
     # A single image has no crowd to compare with; nor has an unlike one any say.
     crowd = max(float(similarities.min()), 0.0) if len(keys) > 1 else 0.0
     whole = np.nan_to_num(np.maximum(known.astype(np.float64) - crowd, 0.0))
-    scores = relative(local) + weight * relative(whole)
+    whole = weight * relative(whole)
+    scores = relative(local) + whole
     order = np.argsort(-scores, kind="stable")
-    return Shortlist(images[order], scores[order], votes, rows[order], known[order])
+    return Shortlist(images[order], scores[order], votes, rows[order], known[order], whole[order])

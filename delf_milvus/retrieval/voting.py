@@ -4,6 +4,9 @@ Soft votes: a hit weighs as much as it is more similar than the query feature's 
 the crowd of unrelated descriptors begins. Of each (query feature, image) only the best hit counts, divided by the
 square root of the number of hits that this query feature has in this image, so that repeated structure (windows,
 foliage) does not outvote distinctive detail. An image's score is the sum over the query's features.
+
+The index has only a part of an image's features where the store says so, and only codes of them; of the candidates, all
+features are compared later, and their votes are counted again (`matching.match_and_count`).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.features import ORDINAL_BITS
-from delf_milvus.retrieval.matching import Matches
+from delf_milvus.retrieval.matching import Matches, soft_votes
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -30,6 +33,7 @@ class Votes:
     query, ordinal: (H,) intp, the query's feature and the image's feature of a hit; similarity: (H,) float32.
         The hits of image i are rows offsets[i] to offsets[i + 1], in rising `query`.
     offsets: (I + 1,) intp.
+    levels: (Q,) float32, similarity of each query feature's last neighbour; infinity where it has none.
     """
 
     images: Int64Array
@@ -38,6 +42,7 @@ class Votes:
     ordinal: IntArray
     similarity: Float32Array
     offsets: IntArray
+    levels: Float32Array
 
     def __len__(self) -> int:
         return len(self.images)
@@ -71,13 +76,13 @@ def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
     if not np.isfinite(similarities[valid]).all():
         raise ValueError("similarities must be finite")
     if not valid.any():
-        none = np.empty(0, np.intp)
-        return Votes(np.empty(0, np.int64), np.empty(0), none, none, np.empty(0, np.float32), np.zeros(1, np.intp))
+        none, nothing = np.empty(0, np.intp), np.empty(0, np.float32)
+        everywhere = np.full(len(keys), np.inf, np.float32)
+        return Votes(np.empty(0, np.int64), np.empty(0), none, none, nothing, np.zeros(1, np.intp), everywhere)
 
-    if (valid.sum(axis=1) > 1).any():
-        background = np.where(valid, similarities, np.inf).min(axis=1)
-    else:
-        background = np.zeros(len(keys))
+    levels = np.where(valid, similarities, np.inf).min(axis=1).astype(np.float32)
+    if (valid.sum(axis=1) <= 1).all():
+        levels[np.isfinite(levels)] = 0
 
     # Sorted by key, a query feature's hits in one image are neighbours of each other, and so are repeated keys.
     # Equal keys may come in any order, for nothing below depends on it: the quick sort, not the stable one.
@@ -98,7 +103,7 @@ def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
     is_best = np.flatnonzero(similarity == best[group])
     row = is_best[np.diff(group[is_best], prepend=-1) != 0]  # the first of equal ones: the lower ordinal
     query, image, ordinal = query[starts], image[starts], key[row] & ((1 << ORDINAL_BITS) - 1)
-    weight = np.maximum(best.astype(np.float64) - background[query], 0) / np.sqrt(hits)
+    weight = soft_votes(best, levels[query], hits)
 
     images, inverse = np.unique(image, return_inverse=True)
     scores = np.bincount(inverse, weights=weight).astype(np.float64, copy=False)
@@ -117,4 +122,5 @@ def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
         ordinal[by_rank].astype(np.intp),
         best[by_rank].astype(np.float32, copy=False),
         offsets,
+        levels,
     )

@@ -1,7 +1,7 @@
 """Which features of an image a search looks for, where it does not look for all of them.
 
-The others are compared with a query all the same, once votes or the global descriptor have made the image a candidate:
-they lie packed in its row, on disk, and take no memory of the index.
+The others are compared with a query, and vote, all the same, once the indexed ones or the global descriptor have made
+the image a candidate: they lie packed in its row, on disk, and take no memory of the index.
 
 Spread: the features come one after the other, each the one whose score is worth most by then. What lies near a chosen
 one and looks like it is worth less: the same corner at two scales, one window of many, leaves of one tree. That is

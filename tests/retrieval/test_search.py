@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from real_photos import photo
-from twins import exact_neighbours, slow_match, slow_verify, slow_vote
+from twins import exact_neighbours, slow_count, slow_match, slow_verify, slow_vote
 
 from delf_milvus.evaluation.memory import MemoryCollection
 from delf_milvus.features import ORDINAL_BITS, Features
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.retrieval.answers import answer
 from delf_milvus.retrieval.ranking import combined_scores
-from delf_milvus.retrieval.search import Timings, judge_candidates, shortlisted
+from delf_milvus.retrieval.search import Timings, judge, judge_candidates, shortlisted
 from delf_milvus.retrieval.voting import vote
 from delf_milvus.settings import Settings
 
@@ -45,7 +47,9 @@ def slow_search(query: Features, stored: list[Features]) -> tuple[list[int], dic
     """Ranking and inliers by exact neighbours and global similarities, dictionary loops and skimage's RANSAC."""
     descriptors = np.concatenate([f.descriptors for f in stored])
     keys = np.concatenate([np.arange(len(f)) | i << ORDINAL_BITS for i, f in enumerate(stored)])
-    votes, _ = slow_vote(*exact_neighbours(query.descriptors, descriptors, keys, SETTINGS.search.neighbours))
+    _, similarities = exact_neighbours(query.descriptors, descriptors, keys, SETTINGS.search.neighbours)
+    crowd = similarities.min(axis=1)
+    votes = {image: slow_count(query.descriptors, f.descriptors, crowd) for image, f in enumerate(stored)}
     alike = {image: float(query.global_descriptor @ f.global_descriptor) for image, f in enumerate(stored)}
     above = {image: max(one - max(min(alike.values()), 0), 0) for image, one in alike.items()}
     images = sorted(alike)
@@ -83,6 +87,30 @@ def test_votes_equal_the_twins_on_real_features(queries: list[Features], stored:
         expected, _ = slow_vote(keys, similarities)
         assert set(votes.images.tolist()) == set(expected)
         np.testing.assert_allclose(votes.scores, [expected[i] for i in votes.images.tolist()], rtol=1e-5)
+
+
+def test_what_the_index_leaves_out_counts_for_the_candidates_all_the_same(
+    queries: list[Features], stored: list[Features]
+) -> None:
+    class Partly(MemoryCollection):
+        """Only a tenth of each image's features is in the index."""
+
+        def neighbours(self, descriptors, k):  # type: ignore[no-untyped-def]
+            keys, similarities = super().neighbours(descriptors, k)
+            return np.where(keys % (1 << ORDINAL_BITS) % 10 == 0, keys, -1), similarities
+
+    for query in queries[:4]:
+        scores = {}
+        for collection in (MemoryCollection(NAMES, stored), Partly(NAMES, stored)):
+            chosen = shortlisted(query, collection, SETTINGS.search, Timings())
+            # As if all were known of the crowd.
+            levels = shortlisted(query, MemoryCollection(NAMES, stored), SETTINGS.search, Timings()).votes.levels
+            chosen = replace(chosen, votes=replace(chosen.votes, levels=levels))
+            found = collection.candidates(chosen.images)
+            judged = judge(query, chosen, found, SETTINGS.search, SETTINGS.verify, Timings())
+            scores[type(collection)] = {c.image_id: s for c, s in zip(judged.candidates, judged.scores, strict=True)}
+        assert len(scores[Partly]) == len(NAMES)
+        assert scores[Partly] == pytest.approx(scores[MemoryCollection], abs=0.02)
 
 
 def test_an_image_whose_row_is_missing_is_no_candidate(queries: list[Features], stored: list[Features]) -> None:

@@ -53,6 +53,15 @@ def test_the_shortlist_equals_its_slow_twin(voted: list[int], found: list[int], 
         assert (made.rows[rank] < 0) == (image not in votes.images)
 
 
+def test_with_the_same_votes_counted_again_the_scores_stay() -> None:
+    votes = votes_for([3, 5, 9, 11, 12, 20])
+    made = shortlist(votes, np.array([5, 7]), np.array([0.9, 0.1], np.float32), 0.25)
+    own = np.where(made.rows >= 0, np.append(votes.scores, 0.0)[made.rows], 0.0)
+    np.testing.assert_allclose(made.recounted(range(len(made)), own), made.scores)
+    fewer = made.recounted([0, 2], own[[0, 2]])
+    np.testing.assert_allclose(fewer - made.whole[[0, 2]], own[[0, 2]] / own[[0, 2]].mean())
+
+
 def test_without_global_descriptors_the_order_is_that_of_the_votes() -> None:
     votes = votes_for([3, 5, 9])
     made = shortlist(votes, *NOBODY, 0.25)

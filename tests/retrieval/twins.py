@@ -57,6 +57,15 @@ def slow_match(query, candidate, threshold):
     return sorted(found, key=lambda m: -m[2])
 
 
+def slow_count(query, candidate, levels):
+    """The votes of a candidate's features: of each query feature the best one above its level, damped by how many."""
+    total = 0.0
+    for row, level in zip(query, levels, strict=True):
+        above = [similarity for similarity in candidate @ row if similarity > level]
+        total += (float(max(above)) - float(level)) / len(above) ** 0.5 if above else 0.0
+    return total
+
+
 def slow_verify(query_points, image_points, residual, *, trials=1000, seed=0):
     """Inlier mask (M,) of skimage's RANSAC: affine, three samples."""
     return verify(query_points, image_points, residual, trials=trials, seed=seed).mask
