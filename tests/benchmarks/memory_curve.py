@@ -39,6 +39,7 @@ from voting_options import (
     Similarities,
     difference,
     instances_of,
+    levels_of,
     ranked,
     scored,
     shortlisted,
@@ -220,7 +221,7 @@ class Judge:
             alike = np.asarray(vectors @ self.vectors[32][query], np.float64)
             others = np.delete(np.arange(len(self.sizes)), query)
             chosen = shortlisted(option, images[real], scores[real], alike, others, self.sizes)
-            order = ranked(option, query, *chosen, pairs)
+            order = ranked(option, query, *chosen, levels_of(option, similarities), pairs)
             right = self.same[self.instances[name][1]] - {query}
             found.append(average_precision(order, right, {query}))
         return np.array(found)

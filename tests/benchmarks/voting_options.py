@@ -36,7 +36,7 @@ from delf_milvus.evaluation.metrics import average_precision
 from delf_milvus.features import ORDINAL_BITS, Features
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.retrieval.evidence import evidence
-from delf_milvus.retrieval.matching import match_many
+from delf_milvus.retrieval.matching import match_and_count, match_many
 from delf_milvus.retrieval.ranking import INLIER_LEVEL, combined_scores, relative
 from delf_milvus.retrieval.search import keypoints
 from delf_milvus.retrieval.shortlist import shortlist
@@ -50,6 +50,8 @@ MOST = 240
 Floats = NDArray[np.float64]
 Keys = NDArray[np.int64]
 Similarities = NDArray[np.float32]
+Rank = Callable[..., list[int]]
+"""Makes a ranking of an option, the query, images, scores, what global descriptors add, and levels."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Option:
     least: what the inliers are divided by at least.
     bar: false-alarm level up to which a candidate comes before all others, as a search shows them.
     global_weight: of the global descriptors. similar: images that are found by them.
+    again: whether the candidates' votes are counted again over all of their features; with the package's weights only.
     """
 
     name: str
@@ -83,6 +86,13 @@ class Option:
     least: float = INLIER_LEVEL
     global_weight: float = SETTINGS.search.global_weight
     similar: int = SETTINGS.search.similar_images
+    again: bool = True
+
+    @property
+    def counts_again(self) -> bool:
+        """Whether the votes are the package's, which alone can be counted again."""
+        own = self.hits, self.weight, self.power, self.burst, self.idf, self.size
+        return self.again and own == (OURS.hits, OURS.weight, OURS.power, OURS.burst, OURS.idf, OURS.size)
 
 
 OURS = Option("the package's")
@@ -110,6 +120,7 @@ VOTES = [
 ]
 
 COMBINED = [
+    Option("votes of the candidates not counted again", again=False),
     *(Option(f"global weight {w}", global_weight=w) for w in (0, 0.15, 0.35, 0.5, 1.0)),
     *(Option(f"{n} images by global descriptor", similar=n) for n in (100, 300, 3000)),
     Option("K 60", k=60),
@@ -175,8 +186,8 @@ def scored(option: Option, keys: Keys, similarities: Similarities, sizes: Floats
 
 def shortlisted(
     option: Option, images: Keys, scores: Floats, alike: Floats, others: Keys, sizes: Floats
-) -> tuple[Keys, Floats]:
-    """Images and scores with the global descriptors, by a plain numpy writing.
+) -> tuple[Keys, Floats, Floats]:
+    """Images, scores with the global descriptors, and what these add, by a plain numpy writing.
 
     images, scores: by votes. alike: similarity of every image's global descriptor to the query's. others: the images
     that are stored.
@@ -186,10 +197,16 @@ def shortlisted(
     whole[nearest] = np.maximum(alike[nearest] - max(alike[nearest].min(), 0), 0)
     votes = np.zeros(len(sizes))
     votes[images] = scores
-    total = relative(votes, option.best) + option.global_weight * relative(whole, option.best)
+    whole = option.global_weight * relative(whole, option.best)
+    total = relative(votes, option.best) + whole
     chosen = np.union1d(images, nearest) if option.global_weight else images
-    order = np.lexsort((chosen, -total[chosen]))
-    return chosen[order], total[chosen[order]]
+    chosen = chosen[np.lexsort((chosen, -total[chosen]))]
+    return chosen, total[chosen], whole[chosen]
+
+
+def levels_of(option: Option, similarities: Similarities) -> Similarities:
+    """(Q,) where the crowd of each query feature begins."""
+    return similarities[: option.query_features, : option.k].min(axis=1)
 
 
 class Pairs:
@@ -223,9 +240,17 @@ class Pairs:
         return np.array([self.known[query, features, i] for i in images])
 
 
-def ranked(option: Option, query: int, images: Keys, scores: Floats, pairs: Pairs) -> list[int]:
+def ranked(
+    option: Option, query: int, images: Keys, scores: Floats, whole: Floats, levels: Similarities, pairs: Pairs
+) -> list[int]:
     """The candidates in the order of the combined score."""
     some = images[: option.candidates]
+    shortlisted = scores[: option.candidates]
+    if option.counts_again:
+        mine = pairs.photos.features[query].top(option.query_features)
+        descriptors = [pairs.stored[i].descriptors for i in some]
+        votes = match_and_count(mine.descriptors, descriptors, SETTINGS.verify.similarity, levels)[1]
+        shortlisted = relative(votes, option.best) + whole[: option.candidates]
     proof = pairs(query, option.query_features, some.tolist())
     inliers, putatives, similar = proof[:, :3].T
     sure = CALIBRATION.assess(proof[:, 3:])
@@ -240,7 +265,7 @@ def ranked(option: Option, query: int, images: Keys, scores: Floats, pairs: Pair
         "confidence": sure.confidence,
     }[option.inliers]
     least = option.least if option.inliers == "count" else 0.0
-    total = combined_scores(scores[: option.candidates], term, option.inlier_weight, option.best, least)
+    total = combined_scores(shortlisted, term, option.inlier_weight, option.best, least)
     order = some[np.lexsort((-total, sure.false_alarm > option.bar))]
     return [int(i) for i in np.concatenate([order, images[option.candidates :]])]
 
@@ -313,14 +338,15 @@ def main() -> None:
     vectors = np.array([f.global_descriptor for f in photos.features])
     pairs = Pairs(photos)
 
-    def measured(option: Option, rank: Callable[[Option, int, Keys, Floats], list[int]]) -> Floats:
+    def measured(option: Option, rank: Rank) -> Floats:
         values = []
         for row, query in enumerate(queries):
             used = int((all_keys[row, :, 0] >= 0).sum())
             images, scores = scored(option, all_keys[row, :used], all_similarities[row, :used], sizes)
             # As if it were not stored: a photo's match with itself sets a level that no other photo reaches.
             images, scores = images[images != query], scores[images != query]
-            order = rank(option, query, *shortlisted(option, images, scores, alike[row], others[row], sizes))
+            levels = levels_of(option, all_similarities[row, :used])
+            order = rank(option, query, *shortlisted(option, images, scores, alike[row], others[row], sizes), levels)
             right = same[instances[names[row]][1]] - {query}
             values.append(average_precision(order, right, {query}))
         return np.array(values)
@@ -339,12 +365,9 @@ def main() -> None:
     if not np.allclose(plain[1], package.scores, atol=1e-6):
         raise SystemExit("the plain writing of the package's shortlist differs from the package's")
 
-    parts: dict[str, tuple[list[Option], Callable[[Option, int, Keys, Floats], list[int]]]] = {
-        "votes": (
-            [replace(one, global_weight=0.0) for one in VOTES],
-            lambda _, __, images, ___: [int(i) for i in images],
-        ),
-        "combined": (COMBINED, lambda option, query, images, scores: ranked(option, query, images, scores, pairs)),
+    parts: dict[str, tuple[list[Option], Rank]] = {
+        "votes": ([replace(one, global_weight=0.0) for one in VOTES], lambda _, __, images, *___: images.tolist()),
+        "combined": (COMBINED, lambda *arguments: ranked(*arguments, pairs)),
     }
     for part in options.parts:
         choices, rank = parts[part]
