@@ -694,7 +694,7 @@ class Query:
 def candidates_of(stored: Mapping[int, tuple[ImageRecord, Features]]) -> dict[int, Candidate]:
     """What the store returns as what the search takes, by image key."""
     return {
-        key: Candidate(record.image_id, record.uri, features, record.metadata)
+        key: Candidate(record.image_id, record.uri, features, record.metadata, record.feature_count)
         for key, (record, features) in stored.items()
     }
 

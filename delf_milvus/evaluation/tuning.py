@@ -26,7 +26,7 @@ from delf_milvus.evaluation.metrics import average_precision
 from delf_milvus.features import Features, Float32Array
 from delf_milvus.imaging.chart import Mark, scatter_picture
 from delf_milvus.imaging.draw import save_picture
-from delf_milvus.index import DelfIndex
+from delf_milvus.index import DelfIndex, candidates_of
 from delf_milvus.retrieval.search import Candidate, Timings, judge_candidates
 from delf_milvus.retrieval.shortlist import NOBODY
 from delf_milvus.settings import Profile, Settings
@@ -255,7 +255,7 @@ def _drawn(index: DelfIndex, config: TuningConfig) -> _Sample:
     count = index.settings.extract.plan.query_features
     images = {key: drawn[key] for key in keys[len(asking) :]}
     return _Sample(
-        {key: Candidate(record.image_id, record.uri, features) for key, (record, features) in images.items()},
+        candidates_of(images),
         np.concatenate([feature_keys(key, record.feature_count) for key, (record, _) in images.items()]),
         np.concatenate([features.descriptors[: record.feature_count] for record, features in images.values()]),
         [drawn[key][1].top(count) for key in asking],

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
 
 _ROWS = 256
@@ -34,6 +33,18 @@ class Matches(NamedTuple):
 
     query: IntArray
     candidate: IntArray
+    similarity: Float32Array
+
+
+class Near(NamedTuple):
+    """A candidate's features that are nearer to the query's than levels.
+
+    best: (Q,) float32, similarity of each query feature's nearest one, near or not. query: (H,) intp, in rising order,
+    and similarity: (H,) float32, of all near ones.
+    """
+
+    best: Float32Array
+    query: IntArray
     similarity: Float32Array
 
 
@@ -96,30 +107,23 @@ def match_many(query: Float32Array, candidates: Sequence[Float32Array], threshol
     query: (Q, D); candidates: (C_i, D) each; float32, rows of unit L2 norm.
     Raises ValueError for arrays of another shape, unequal D or values that are not finite.
     """
-    return match_and_count(query, candidates, threshold, np.full(len(query), np.inf, np.float32))[0]
+    return match_and_gather(query, candidates, threshold)[0]
 
 
-def match_and_count(
-    query: Float32Array, candidates: Sequence[Float32Array], threshold: float, levels: Float32Array
-) -> tuple[list[Matches], Float64Array]:
-    """`match_many`, and each candidate's votes, (N,), as `voting` counts them, over all of its features.
+def match_and_gather(
+    query: Float32Array, candidates: Sequence[Float32Array], threshold: float, levels: Float32Array | None = None
+) -> tuple[list[Matches], list[Near]]:
+    """`match_many`, and what of each candidate is nearer to the query's features than `levels`, (Q,); without them
+    nothing is.
 
-    levels: (Q,) float32, similarity at which the crowd of each query feature begins; one of infinity has no vote.
     Errors as of `match_many`.
     """
     query = _checked(query, "query")
-    matches, votes = [], np.zeros(len(candidates))
+    if levels is None:
+        levels = np.full(len(query), np.inf, np.float32)
     with single_blas_thread():
-        for row, candidate in enumerate(candidates):
-            found, votes[row] = _match(query, _checked(candidate, "candidate"), threshold, levels)
-            matches.append(found)
-    return matches, votes
-
-
-def soft_votes(best: npt.NDArray[np.floating[Any]], levels: Float32Array, hits: IntArray) -> Float64Array:
-    """What the best hits, (H,), weigh that are so far above the level of their query feature, which has so many hits in
-    the same image."""
-    return np.maximum(best.astype(np.float64) - levels, 0) / np.sqrt(hits)
+        found = [_match(query, _checked(candidate, "candidate"), threshold, levels) for candidate in candidates]
+    return [matches for matches, _ in found], [near for _, near in found]
 
 
 def _checked(descriptors: Float32Array, name: str) -> Float32Array:
@@ -132,16 +136,17 @@ def _checked(descriptors: Float32Array, name: str) -> Float32Array:
 
 def _match(
     query: Float32Array, candidate: Float32Array, threshold: float, levels: Float32Array
-) -> tuple[Matches, float]:
+) -> tuple[Matches, Near]:
     if query.shape[1] != candidate.shape[1]:
         raise ValueError(f"the query has {query.shape[1]}-d descriptors, the candidate {candidate.shape[1]}-d ones")
     count = len(query)
     if count == 0 or len(candidate) == 0:
-        return Matches(np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0, np.float32)), 0.0
+        none, nothing = np.empty(0, np.intp), np.empty(0, np.float32)
+        return Matches(none, none, nothing), Near(np.full(count, -np.inf, np.float32), none, nothing)
     nearest = np.empty(count, np.intp)
     similarity = np.empty(count, np.float32)
-    hits = np.ones(count, np.intp)
-    counted = np.isfinite(levels).any()
+    gathers = bool(np.isfinite(levels).any())
+    near_query, near_similarity = [np.empty(0, np.intp)], [np.empty(0, np.float32)]
     best = np.full(len(candidate), -np.inf, np.float32)  # over all query features, for each candidate feature
     block = np.empty((min(_ROWS, count), len(candidate)), np.float32)
     for start in range(0, count, _ROWS):
@@ -150,14 +155,15 @@ def _match(
         nearest[start : start + _ROWS] = indices = products.argmax(axis=1)
         similarity[start : start + _ROWS] = products[np.arange(len(rows)), indices]
         np.maximum(best, products.max(axis=0), out=best)
-        if counted:
-            above = products > levels[start : start + _ROWS, None]
-            hits[start : start + _ROWS] = np.maximum(np.count_nonzero(above, axis=1), 1)
+        if gathers:
+            near = np.flatnonzero(products > levels[start : start + _ROWS, None])
+            near_query.append(near // len(candidate) + start)
+            near_similarity.append(products.ravel()[near])
     mutual = np.flatnonzero((similarity == best[nearest]) & (similarity >= threshold))
     # Query features with the very same descriptor tie for a candidate's feature: written last, the first gets it.
     owner = np.empty(len(candidate), np.intp)
     owner[nearest[mutual[::-1]]] = mutual[::-1]
     mutual = mutual[owner[nearest[mutual]] == mutual]
     order = mutual[np.argsort(-similarity[mutual], kind="stable")]
-    votes = float(soft_votes(similarity, levels, hits).sum()) if counted else 0.0
-    return Matches(order, nearest[order], similarity[order]), votes
+    gathered = Near(similarity, np.concatenate(near_query), np.concatenate(near_similarity))
+    return Matches(order, nearest[order], similarity[order]), gathered

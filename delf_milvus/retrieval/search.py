@@ -18,22 +18,24 @@ import numpy.typing as npt
 
 from delf_milvus.features import Features
 from delf_milvus.retrieval.evidence import evidence
-from delf_milvus.retrieval.matching import Matches, match_and_count
+from delf_milvus.retrieval.matching import Matches, match_and_gather
 from delf_milvus.retrieval.ranking import combined_scores
 from delf_milvus.retrieval.shortlist import NOBODY, Shortlist, shortlist
 from delf_milvus.retrieval.verification import Keypoints, Verification, verify_many
-from delf_milvus.retrieval.voting import vote
+from delf_milvus.retrieval.voting import recount, vote
 from delf_milvus.settings import SearchSettings, VerifySettings
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What the search needs of a stored image."""
+    """What the search needs of a stored image. indexed: how many of its features, the first, are in the index; None for
+    all."""
 
     image_id: str
     uri: str
     features: Features
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    indexed: int | None = None
 
 
 class CandidateSource(Protocol):
@@ -165,9 +167,9 @@ def judge(
     with timings.measure("match"):
         if search.mode == "full":
             descriptors = [c.features.descriptors for c in candidates]
-            levels = chosen.votes.levels
-            matches, votes = match_and_count(query.descriptors, descriptors, verify.similarity, levels)
-            scores = chosen.recounted(rows, votes)
+            votes = chosen.votes
+            matches, near = match_and_gather(query.descriptors, descriptors, verify.similarity, votes.levels)
+            scores = chosen.recounted(rows, recount(votes, chosen.images[rows], near, _share(candidates)))
         else:
             scores = chosen.scores[rows]
             matches = [chosen.hits(row, verify.similarity) for row in rows]
@@ -210,6 +212,13 @@ def verified_candidates(
 def keypoints(features: Features) -> Keypoints:
     """What verification needs of a photo's features."""
     return Keypoints(features.locations, features.scales, (features.width, features.height))
+
+
+def _share(candidates: Sequence[Candidate]) -> float:
+    """Features of the candidates for each one of them in the index."""
+    counts = [len(c.features) for c in candidates]
+    indexed = sum(n if c.indexed is None else min(c.indexed, n) for c, n in zip(candidates, counts, strict=True))
+    return sum(counts) / indexed if indexed else 1.0
 
 
 def _existing(matches: Matches, candidate: Candidate) -> Matches:

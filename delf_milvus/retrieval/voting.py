@@ -5,19 +5,20 @@ the crowd of unrelated descriptors begins. Of each (query feature, image) only t
 square root of the number of hits that this query feature has in this image, so that repeated structure (windows,
 foliage) does not outvote distinctive detail. An image's score is the sum over the query's features.
 
-The index has only a part of an image's features where the store says so, and only codes of them; of the candidates, all
-features are compared later, and their votes are counted again (`matching.match_and_count`).
+The index has codes of features, and perhaps of a part of them only. Of the candidates all features are compared later,
+and their votes are counted again (`recount`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.features import ORDINAL_BITS
-from delf_milvus.retrieval.matching import Matches, soft_votes
+from delf_milvus.retrieval.matching import Matches, Near
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -34,6 +35,7 @@ class Votes:
         The hits of image i are rows offsets[i] to offsets[i + 1], in rising `query`.
     offsets: (I + 1,) intp.
     levels: (Q,) float32, similarity of each query feature's last neighbour; infinity where it has none.
+    keys: (Q, K) int64 and similarities: (Q, K) float32, the neighbours themselves.
     """
 
     images: Int64Array
@@ -43,6 +45,8 @@ class Votes:
     similarity: Float32Array
     offsets: IntArray
     levels: Float32Array
+    keys: Int64Array
+    similarities: Float32Array
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,8 +81,9 @@ def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
         raise ValueError("similarities must be finite")
     if not valid.any():
         none, nothing = np.empty(0, np.intp), np.empty(0, np.float32)
-        everywhere = np.full(len(keys), np.inf, np.float32)
-        return Votes(np.empty(0, np.int64), np.empty(0), none, none, nothing, np.zeros(1, np.intp), everywhere)
+        nowhere = np.full(len(keys), np.inf, np.float32)
+        found = np.empty(0, np.int64), np.empty(0), none, none, nothing, np.zeros(1, np.intp)
+        return Votes(*found, nowhere, keys, similarities)
 
     levels = np.where(valid, similarities, np.inf).min(axis=1).astype(np.float32)
     if (valid.sum(axis=1) <= 1).all():
@@ -103,7 +108,7 @@ def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
     is_best = np.flatnonzero(similarity == best[group])
     row = is_best[np.diff(group[is_best], prepend=-1) != 0]  # the first of equal ones: the lower ordinal
     query, image, ordinal = query[starts], image[starts], key[row] & ((1 << ORDINAL_BITS) - 1)
-    weight = soft_votes(best, levels[query], hits)
+    weight = _soft(best, levels[query], hits)
 
     images, inverse = np.unique(image, return_inverse=True)
     scores = np.bincount(inverse, weights=weight).astype(np.float64, copy=False)
@@ -123,4 +128,53 @@ def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
         best[by_rank].astype(np.float32, copy=False),
         offsets,
         levels,
+        keys,
+        similarities,
     )
+
+
+def recount(votes: Votes, images: Int64Array, near: Sequence[Near], share: float) -> Float64Array:
+    """The scores, (N,), of images by all of their features, which were compared with the query's.
+
+    images: (N,) int64, keys; near: what of each is nearer than `votes.levels`. share: features of an image for each one
+    of them in the index, 1 where that has all.
+
+    Where the index has a part, its last neighbour is farther than the last of all features would be. Where that one is
+    follows from what is known: all features of these images, and of the others those in the index, each of which stands
+    for so many.
+    """
+    levels = votes.levels if share <= 1 else _levels_of_all(votes, images, near, share)
+    scores = np.zeros(len(near))
+    for row, one in enumerate(near):
+        above = one.query[one.similarity > levels[one.query]]
+        hits = np.maximum(np.bincount(above, minlength=len(levels)), 1)
+        scores[row] = _soft(one.best, levels, hits).sum()
+    return scores
+
+
+def _soft(best: Float32Array, levels: Float32Array, hits: IntArray) -> Float64Array:
+    """What best hits weigh, of query features with so many hits in the same image."""
+    return np.maximum(best.astype(np.float64) - levels, 0) / np.sqrt(hits)
+
+
+def _levels_of_all(votes: Votes, images: Int64Array, near: Sequence[Near], share: float) -> Float32Array:
+    """The similarity at which each query feature has as many neighbours among all features as it has in the index."""
+    valid = votes.keys >= 0
+    wanted = valid.sum(axis=1)
+    if (wanted <= 1).all():
+        return votes.levels
+    others = valid & ~np.isin(votes.keys >> ORDINAL_BITS, images)
+    query = np.concatenate([*(one.query for one in near), np.nonzero(others)[0]])
+    similarity = np.concatenate([*(one.similarity for one in near), votes.similarities[others]])
+    weight = np.ones(len(query))
+    weight[len(query) - np.count_nonzero(others) :] = share
+    order = np.lexsort((-similarity, query))
+    query, similarity, weight = query[order], similarity[order], weight[order]
+    reached = np.cumsum(weight)
+    first = np.searchsorted(query, np.arange(len(wanted)))
+    before = np.append(0.0, reached)[first]
+    place = np.searchsorted(reached, before + wanted)
+    known = place < np.searchsorted(query, np.arange(len(wanted)), side="right")
+    levels = votes.levels.copy()
+    levels[known] = similarity[place[known]]
+    return levels

@@ -39,10 +39,10 @@ from voting_options import (
     Similarities,
     difference,
     instances_of,
-    levels_of,
     ranked,
     scored,
     shortlisted,
+    voted,
 )
 
 from delf_milvus.evaluation.metrics import average_precision
@@ -210,6 +210,7 @@ class Judge:
 
     def values(self, collection: Codes | OnServer, point: Point, features: list[Features]) -> np.ndarray:
         pairs = self.pairs.setdefault(point.compared, Pairs(self.photos, features))
+        pairs.share = sum(map(len, features)) / sum(min(len(one), point.indexed) for one in features)
         option, vectors = point.option, self.vectors[point.global_bits]
         found = []
         for name, query in zip(self.names, self.queries, strict=True):
@@ -221,7 +222,7 @@ class Judge:
             alike = np.asarray(vectors @ self.vectors[32][query], np.float64)
             others = np.delete(np.arange(len(self.sizes)), query)
             chosen = shortlisted(option, images[real], scores[real], alike, others, self.sizes)
-            order = ranked(option, query, *chosen, levels_of(option, similarities), pairs)
+            order = ranked(option, query, *chosen, voted(option, keys, similarities), pairs)
             right = self.same[self.instances[name][1]] - {query}
             found.append(average_precision(order, right, {query}))
         return np.array(found)

@@ -36,12 +36,12 @@ from delf_milvus.evaluation.metrics import average_precision
 from delf_milvus.features import ORDINAL_BITS, Features
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.retrieval.evidence import evidence
-from delf_milvus.retrieval.matching import match_and_count, match_many
+from delf_milvus.retrieval.matching import match_and_gather, match_many
 from delf_milvus.retrieval.ranking import INLIER_LEVEL, combined_scores, relative
 from delf_milvus.retrieval.search import keypoints
 from delf_milvus.retrieval.shortlist import shortlist
 from delf_milvus.retrieval.verification import verify_many
-from delf_milvus.retrieval.voting import vote
+from delf_milvus.retrieval.voting import Votes, recount, vote
 from delf_milvus.settings import Settings
 
 SETTINGS = Settings()
@@ -51,7 +51,7 @@ Floats = NDArray[np.float64]
 Keys = NDArray[np.int64]
 Similarities = NDArray[np.float32]
 Rank = Callable[..., list[int]]
-"""Makes a ranking of an option, the query, images, scores, what global descriptors add, and levels."""
+"""Makes a ranking of an option, the query, images, scores, what global descriptors add, and votes."""
 
 
 @dataclass(frozen=True)
@@ -204,17 +204,18 @@ def shortlisted(
     return chosen, total[chosen], whole[chosen]
 
 
-def levels_of(option: Option, similarities: Similarities) -> Similarities:
-    """(Q,) where the crowd of each query feature begins."""
-    return similarities[: option.query_features, : option.k].min(axis=1)
+def voted(option: Option, keys: Keys, similarities: Similarities) -> Votes:
+    """The package's votes for an option's numbers of query features and neighbours."""
+    return vote(keys[: option.query_features, : option.k], similarities[: option.query_features, : option.k])
 
 
 class Pairs:
     """Matches and inliers of pairs of photos, each computed once. stored: features that the photos are stored with,
-    where these are not the same."""
+    where these are not the same. share: of these, for each one in the index."""
 
-    def __init__(self, photos: PhotoSet, stored: Sequence[Features] = ()) -> None:
+    def __init__(self, photos: PhotoSet, stored: Sequence[Features] = (), share: float = 1.0) -> None:
         self.photos = photos
+        self.share = share
         self.stored = stored or photos.features
         self.known: dict[tuple[int, int, int], Floats] = {}
 
@@ -241,16 +242,16 @@ class Pairs:
 
 
 def ranked(
-    option: Option, query: int, images: Keys, scores: Floats, whole: Floats, levels: Similarities, pairs: Pairs
+    option: Option, query: int, images: Keys, scores: Floats, whole: Floats, votes: Votes, pairs: Pairs
 ) -> list[int]:
-    """The candidates in the order of the combined score."""
+    """The candidates in the order of the combined score. votes: the package's, of the same neighbours."""
     some = images[: option.candidates]
     shortlisted = scores[: option.candidates]
     if option.counts_again:
         mine = pairs.photos.features[query].top(option.query_features)
         descriptors = [pairs.stored[i].descriptors for i in some]
-        votes = match_and_count(mine.descriptors, descriptors, SETTINGS.verify.similarity, levels)[1]
-        shortlisted = relative(votes, option.best) + whole[: option.candidates]
+        near = match_and_gather(mine.descriptors, descriptors, SETTINGS.verify.similarity, votes.levels)[1]
+        shortlisted = relative(recount(votes, some, near, pairs.share), option.best) + whole[: option.candidates]
     proof = pairs(query, option.query_features, some.tolist())
     inliers, putatives, similar = proof[:, :3].T
     sure = CALIBRATION.assess(proof[:, 3:])
@@ -345,8 +346,8 @@ def main() -> None:
             images, scores = scored(option, all_keys[row, :used], all_similarities[row, :used], sizes)
             # As if it were not stored: a photo's match with itself sets a level that no other photo reaches.
             images, scores = images[images != query], scores[images != query]
-            levels = levels_of(option, all_similarities[row, :used])
-            order = rank(option, query, *shortlisted(option, images, scores, alike[row], others[row], sizes), levels)
+            votes = voted(option, all_keys[row, :used], all_similarities[row, :used])
+            order = rank(option, query, *shortlisted(option, images, scores, alike[row], others[row], sizes), votes)
             right = same[instances[names[row]][1]] - {query}
             values.append(average_precision(order, right, {query}))
         return np.array(values)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from threadpoolctl import threadpool_info
-from twins import slow_count, slow_match
+from twins import slow_match
 
-from delf_milvus.retrieval.matching import match, match_and_count, match_many, single_blas_thread
+from delf_milvus.retrieval.matching import match, match_and_gather, match_many, single_blas_thread
 
 
 def unit(rng, count, dim=40):
@@ -122,22 +122,17 @@ def test_the_limit_on_blas_threads_ends_with_its_last_user():
 
 
 @pytest.mark.parametrize(("queries", "stored"), [(1, 1), (3, 700), (700, 3), (257, 513)])
-def test_votes_counted_again_equal_those_of_the_plain_twin(queries, stored):
+def test_what_is_near_is_gathered_beside_the_same_matches(queries, stored):
     rng = np.random.default_rng(stored)
     query, candidates = unit(rng, queries), [unit(rng, stored), np.empty((0, 40), np.float32), unit(rng, 5)]
     candidates[0][: min(queries, stored)] = query[: min(queries, stored)]
     levels = rng.uniform(-0.2, 0.9, queries).astype(np.float32)
     levels[::7] = np.inf
-    matches, votes = match_and_count(query, candidates, 0.3, levels)
+    matches, near = match_and_gather(query, candidates, 0.3, levels)
     assert [as_bytes(m) for m in matches] == [as_bytes(m) for m in match_many(query, candidates, 0.3)]
-    np.testing.assert_allclose(votes, [slow_count(query, c, levels) for c in candidates], rtol=1e-5, atol=1e-5)
-
-
-@given(small, small, st.sampled_from([-1.0, 0.0, 1.0, 1.5, np.inf]))
-def test_votes_counted_again_are_never_negative_and_fall_with_the_level(query, candidate, level):
-    votes = [
-        match_and_count(query, [candidate], 0.5, np.full(len(query), one, np.float32))[1][0] for one in (level, np.inf)
-    ]
-    assert votes[0] >= votes[1] == 0
-    expected = slow_count(query, candidate, np.full(len(query), level))
-    assert votes[0] == pytest.approx(expected, abs=1e-5)
+    for candidate, found in zip(candidates, near, strict=True):
+        products = query @ candidate.T
+        np.testing.assert_allclose(found.best, products.max(axis=1, initial=-np.inf), atol=1e-6)
+        rows, columns = np.nonzero(products > levels[:, None])
+        assert np.array_equal(found.query, rows)
+        np.testing.assert_allclose(found.similarity, products[rows, columns], atol=1e-6)

@@ -1,16 +1,24 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from twins import exact_neighbours, slow_vote
+from twins import exact_neighbours, slow_count, slow_levels, slow_vote
 
 from delf_milvus.features import ORDINAL_BITS
-from delf_milvus.retrieval.voting import vote
+from delf_milvus.retrieval.matching import match_and_gather
+from delf_milvus.retrieval.voting import recount, vote
 
 
 def key(image, ordinal):
     return (image << ORDINAL_BITS) | ordinal
+
+
+def unit(rng, count, dim=8):
+    descriptors = rng.normal(size=(count, dim)).astype(np.float32)
+    return descriptors / np.linalg.norm(descriptors, axis=1, keepdims=True)
 
 
 def assert_same_as_twin(keys, similarities):
@@ -123,3 +131,47 @@ def test_unequal_shapes_and_missing_similarities_are_refused():
     with pytest.raises(ValueError, match="finite"):
         vote(np.zeros((1, 1), np.int64), np.array([[np.nan]], np.float32))
     assert len(vote(np.array([[-1]]), np.array([[np.nan]], np.float32))) == 0
+
+
+@pytest.mark.parametrize("indexed", [30, 7])
+def test_votes_counted_again_equal_the_twins(indexed):
+    """Of 12 images of 30 features each, `indexed` are in the index; three images are compared."""
+    rng = np.random.default_rng(indexed)
+    query, *images = (unit(rng, 30) for _ in range(13))
+    keys = np.concatenate([[key(image, n) for n in range(indexed)] for image in range(12)])
+    votes = vote(*exact_neighbours(query, np.concatenate([one[:indexed] for one in images]), keys, 20))
+    # A feature that is the last neighbour itself is not above it, however its similarity is rounded.
+    votes = replace(votes, levels=votes.levels + np.float32(1e-5))
+    some = np.array([2, 5, 7])
+    near = match_and_gather(query, [images[i] for i in some], 0.5, votes.levels)[1]
+    found = recount(votes, some, near, 30 / indexed)
+    levels = votes.levels
+    if indexed < 30:
+        others = [
+            [float(s) for k, s in zip(*row, strict=True) if k >> ORDINAL_BITS not in some]
+            for row in zip(votes.keys.tolist(), votes.similarities, strict=True)
+        ]
+        levels = slow_levels(query, [images[i] for i in some], others, 30 / indexed, 20)
+        assert (np.array(levels) >= votes.levels).all()
+    np.testing.assert_allclose(found, [slow_count(query, images[i], levels) for i in some], rtol=1e-4)
+
+
+def test_votes_counted_again_of_the_whole_index_are_those_counted_first():
+    rng = np.random.default_rng(1)
+    query, *images = (unit(rng, 30) for _ in range(9))
+    # The crowd begins at an image that is not compared, which would miss its farthest hit.
+    images[8:] = [-query]
+    keys = np.concatenate([[key(image, n) for n in range(30)] for image in range(9)])
+    votes = vote(*exact_neighbours(query, np.concatenate(images), keys, 9 * 30))
+    compared = votes.images != 8
+    near = match_and_gather(query, [images[i] for i in votes.images[compared]], 0.5, votes.levels)[1]
+    np.testing.assert_allclose(recount(votes, votes.images[compared], near, 1.0), votes.scores[compared], rtol=1e-5)
+
+
+def test_without_neighbours_nothing_is_counted():
+    query = unit(np.random.default_rng(0), 4)
+    votes = vote(np.full((4, 3), -1, np.int64), np.zeros((4, 3), np.float32))
+    near = match_and_gather(query, [query], 0.5, votes.levels)[1]
+    for share in (1.0, 6.0):
+        assert recount(votes, np.array([3]), near, share).tolist() == [0.0]
+        assert recount(votes, np.empty(0, np.int64), [], share).tolist() == []

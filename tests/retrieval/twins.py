@@ -61,9 +61,21 @@ def slow_count(query, candidate, levels):
     """The votes of a candidate's features: of each query feature the best one above its level, damped by how many."""
     total = 0.0
     for row, level in zip(query, levels, strict=True):
-        above = [similarity for similarity in candidate @ row if similarity > level]
+        above = [similarity for similarity in candidate @ row if similarity > level + 1e-6]
         total += (float(max(above)) - float(level)) / len(above) ** 0.5 if above else 0.0
     return total
+
+
+def slow_levels(query, candidates, others, share, wanted):
+    """Of each query feature the similarity at which it has so many neighbours: each feature of the candidates is one,
+    each of the others, given as a list of similarities for each query feature, stands for `share`."""
+    levels = []
+    for row, far in zip(query, others, strict=True):
+        items = [(float(s), 1.0) for candidate in candidates for s in candidate @ row] + [(s, share) for s in far]
+        items.sort(reverse=True)
+        reached = np.cumsum([weight for _, weight in items])
+        levels.append(items[int(np.argmax(reached >= wanted))][0])
+    return levels
 
 
 def slow_verify(query_points, image_points, residual, *, trials=1000, seed=0):
