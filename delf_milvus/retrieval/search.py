@@ -168,7 +168,7 @@ def judge(
         if search.mode == "full":
             descriptors = [c.features.descriptors for c in candidates]
             votes = chosen.votes
-            matches, near = match_and_gather(query.descriptors, descriptors, verify.similarity, votes.levels)
+            matches, near = match_and_gather(query.descriptors, descriptors, verify.similarity, votes.bar)
             scores = chosen.recounted(rows, recount(votes, chosen.images[rows], near, _share(candidates)))
         else:
             scores = chosen.scores[rows]

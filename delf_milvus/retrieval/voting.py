@@ -26,6 +26,9 @@ Float64Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
 
 
+_ROUNDED = np.float32(1e-5)
+
+
 @dataclass(frozen=True, eq=False)
 class Votes:
     """Images in falling score (ties: by key), and the best hit of each (query feature, image).
@@ -50,6 +53,12 @@ class Votes:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def bar(self) -> Float32Array:
+        """(Q,) float32: what is more similar is nearer than the last neighbour, and not that one itself, whose
+        similarity every way to compute it rounds differently."""
+        return self.levels + _ROUNDED
 
     def hits(self, rank: int, threshold: float = -1.0) -> Matches:
         """The hits in the image of this rank (0 is the best) as putative matches: each of its features at most once.
@@ -136,14 +145,14 @@ def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
 def recount(votes: Votes, images: Int64Array, near: Sequence[Near], share: float) -> Float64Array:
     """The scores, (N,), of images by all of their features, which were compared with the query's.
 
-    images: (N,) int64, keys; near: what of each is nearer than `votes.levels`. share: features of an image for each one
+    images: (N,) int64, keys; near: what of each is nearer than `votes.bar`. share: features of an image for each one
     of them in the index, 1 where that has all.
 
     Where the index has a part, its last neighbour is farther than the last of all features would be. Where that one is
     follows from what is known: all features of these images, and of the others those in the index, each of which stands
     for so many.
     """
-    levels = votes.levels if share <= 1 else _levels_of_all(votes, images, near, share)
+    levels = votes.bar if share <= 1 else _levels_of_all(votes, images, near, share)
     scores = np.zeros(len(near))
     for row, one in enumerate(near):
         above = one.query[one.similarity > levels[one.query]]
@@ -162,7 +171,7 @@ def _levels_of_all(votes: Votes, images: Int64Array, near: Sequence[Near], share
     valid = votes.keys >= 0
     wanted = valid.sum(axis=1)
     if (wanted <= 1).all():
-        return votes.levels
+        return votes.bar
     others = valid & ~np.isin(votes.keys >> ORDINAL_BITS, images)
     query = np.concatenate([*(one.query for one in near), np.nonzero(others)[0]])
     similarity = np.concatenate([*(one.similarity for one in near), votes.similarities[others]])
@@ -175,6 +184,6 @@ def _levels_of_all(votes: Votes, images: Int64Array, near: Sequence[Near], share
     before = np.append(0.0, reached)[first]
     place = np.searchsorted(reached, before + wanted)
     known = place < np.searchsorted(query, np.arange(len(wanted)), side="right")
-    levels = votes.levels.copy()
+    levels = votes.bar
     levels[known] = similarity[place[known]]
     return levels

@@ -250,7 +250,7 @@ def ranked(
     if option.counts_again:
         mine = pairs.photos.features[query].top(option.query_features)
         descriptors = [pairs.stored[i].descriptors for i in some]
-        near = match_and_gather(mine.descriptors, descriptors, SETTINGS.verify.similarity, votes.levels)[1]
+        near = match_and_gather(mine.descriptors, descriptors, SETTINGS.verify.similarity, votes.bar)[1]
         shortlisted = relative(recount(votes, some, near, pairs.share), option.best) + whole[: option.candidates]
     proof = pairs(query, option.query_features, some.tolist())
     inliers, putatives, similar = proof[:, :3].T

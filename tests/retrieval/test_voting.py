@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -140,12 +138,10 @@ def test_votes_counted_again_equal_the_twins(indexed):
     query, *images = (unit(rng, 30) for _ in range(13))
     keys = np.concatenate([[key(image, n) for n in range(indexed)] for image in range(12)])
     votes = vote(*exact_neighbours(query, np.concatenate([one[:indexed] for one in images]), keys, 20))
-    # A feature that is the last neighbour itself is not above it, however its similarity is rounded.
-    votes = replace(votes, levels=votes.levels + np.float32(1e-5))
     some = np.array([2, 5, 7])
-    near = match_and_gather(query, [images[i] for i in some], 0.5, votes.levels)[1]
+    near = match_and_gather(query, [images[i] for i in some], 0.5, votes.bar)[1]
     found = recount(votes, some, near, 30 / indexed)
-    levels = votes.levels
+    levels = votes.bar
     if indexed < 30:
         others = [
             [float(s) for k, s in zip(*row, strict=True) if k >> ORDINAL_BITS not in some]
@@ -164,14 +160,14 @@ def test_votes_counted_again_of_the_whole_index_are_those_counted_first():
     keys = np.concatenate([[key(image, n) for n in range(30)] for image in range(9)])
     votes = vote(*exact_neighbours(query, np.concatenate(images), keys, 9 * 30))
     compared = votes.images != 8
-    near = match_and_gather(query, [images[i] for i in votes.images[compared]], 0.5, votes.levels)[1]
+    near = match_and_gather(query, [images[i] for i in votes.images[compared]], 0.5, votes.bar)[1]
     np.testing.assert_allclose(recount(votes, votes.images[compared], near, 1.0), votes.scores[compared], rtol=1e-5)
 
 
 def test_without_neighbours_nothing_is_counted():
     query = unit(np.random.default_rng(0), 4)
     votes = vote(np.full((4, 3), -1, np.int64), np.zeros((4, 3), np.float32))
-    near = match_and_gather(query, [query], 0.5, votes.levels)[1]
+    near = match_and_gather(query, [query], 0.5, votes.bar)[1]
     for share in (1.0, 6.0):
         assert recount(votes, np.array([3]), near, share).tolist() == [0.0]
         assert recount(votes, np.empty(0, np.int64), [], share).tolist() == []
