@@ -44,7 +44,7 @@ REASONS = {
     "store.nbits": "codes of more bits are accepted by servers, and then never built",
     "store.nprobe": "measured: loses nothing that can be told against exact search",
     "store.indexed_features": "measured: fewer lose accuracy",
-    "store.indexed_choice": "measured: the best scores lose twice as much on places",
+    "store.indexed_choice": "measured: the best scores lose 1.7 times as much on places",
     "store.retry_seconds": "longer than a small standalone server takes to start",
     "store.batch_bytes": "far below the largest message",
     "store.bulk_from": "an import waits some ten seconds, in which that many rows go by upserts",
