@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from delf_milvus.errors import DatabaseError
 from delf_milvus.store.connection import AwayError, Connection, DeadlineError
+from delf_milvus.store.profiles import Engine
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +83,12 @@ class Notes:
         texts = {**dict.fromkeys(self._texts, ""), self._own: text}
         if texts == {self._own: self._texts.get(self._own, "")}:
             return
+        # Milvus stores only with an alteration the one before it, up to 2.3.5: one kill, and the last was never made.
+        times = 2 if self._db.backend == "server" and Engine.of(self._db.version).release < (2, 4) else 1
+        alter = self._db.client.alter_collection_properties
         try:
-            self._db.call(
-                "noting what is begun", self._db.client.alter_collection_properties, self._images, properties=texts
-            )
+            for _ in range(times):
+                self._db.call("noting what is begun", alter, self._images, properties=texts)
         except (AwayError, DeadlineError):
             raise
         except DatabaseError as error:

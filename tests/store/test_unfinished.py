@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from milvus_server import servers
+from milvus_server import WheelServer, servers
 from store_samples import MODEL, random_features, random_items
 
 from delf_milvus.settings import StoreSettings
@@ -135,3 +135,31 @@ def test_a_property_that_is_no_note_is_left_out(opened: Opener, caplog: pytest.L
     assert opened().delete(IDS[:1]) == IDS[:1]
     assert "is no note" in caplog.text
     assert properties(store) == []
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_killed_server_keeps_the_note_of_a_deletion(
+    wheel_server: WheelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"t{uuid.uuid4().hex[:12]}"
+
+    def opened() -> FeatureStore:
+        return FeatureStore.open(wheel_server.uri, name, MODEL, StoreSettings(retry_seconds=60), max_features=100)
+
+    with opened() as store:
+        store.write(ITEMS)
+        # Two calls delete: the images, and then their features.
+        with monkeypatch.context() as patch:
+            killed(patch, "deleting", lambda: store.delete(IDS[:3]), after=1)
+    wheel_server.restart()
+    with opened() as store:
+        assert len(properties(store)) == 1
+        assert store.delete(IDS[3:4]) == IDS[3:4]
+        assert properties(store) == []
+        keys = store.connection.client.query(
+            f"{name}_features", filter="feature_key >= 0", output_fields=["feature_key"], consistency_level="Strong"
+        )
+        assert len(keys) == 2 * 20
+        for suffix in ("features", "images"):
+            store.connection.client.drop_collection(f"{name}_{suffix}")
