@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from delf_milvus.features import Features
 from delf_milvus.retrieval.evidence import evidence
-from delf_milvus.retrieval.matching import Matches, match_and_gather
+from delf_milvus.retrieval.matching import Matches
 from delf_milvus.retrieval.ranking import combined_scores
 from delf_milvus.retrieval.shortlist import NOBODY, Shortlist, shortlist
 from delf_milvus.retrieval.verification import Keypoints, Verification, verify_many
-from delf_milvus.retrieval.voting import recount, vote
+from delf_milvus.retrieval.voting import match_and_recount, vote
 from delf_milvus.settings import SearchSettings, VerifySettings
 
 
@@ -167,9 +167,9 @@ def judge(
     with timings.measure("match"):
         if search.mode == "full":
             descriptors = [c.features.descriptors for c in candidates]
-            votes = chosen.votes
-            matches, near = match_and_gather(query.descriptors, descriptors, verify.similarity, votes.bar)
-            scores = chosen.recounted(rows, recount(votes, chosen.images[rows], near, _share(candidates)))
+            known = chosen.images[rows], descriptors, verify.similarity, chosen.votes, _share(candidates)
+            matches, votes = match_and_recount(query.descriptors, *known)
+            scores = chosen.recounted(rows, votes)
         else:
             scores = chosen.scores[rows]
             matches = [chosen.hits(row, verify.similarity) for row in rows]

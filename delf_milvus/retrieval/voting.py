@@ -6,7 +6,7 @@ square root of the number of hits that this query feature has in this image, so 
 foliage) does not outvote distinctive detail. An image's score is the sum over the query's features.
 
 The index has codes of features, and perhaps of a part of them only. Of the candidates all features are compared later,
-and their votes are counted again (`recount`).
+and their votes are counted again (`match_and_recount`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from delf_milvus.features import ORDINAL_BITS
-from delf_milvus.retrieval.matching import Matches, Near
+from delf_milvus.retrieval.matching import Matches, Near, match_and_gather, single_blas_thread
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -27,6 +27,8 @@ IntArray = npt.NDArray[np.intp]
 
 
 _ROUNDED = np.float32(1e-5)
+_GATHERED = 4
+"""Near features, of the number of neighbours, from which on those that a level will leave out are dropped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,23 +144,43 @@ def vote(keys: Int64Array, similarities: Float32Array) -> Votes:
     )
 
 
-def recount(votes: Votes, images: Int64Array, near: Sequence[Near], share: float) -> Float64Array:
-    """The scores, (N,), of images by all of their features, which were compared with the query's.
+def match_and_recount(
+    query: Float32Array,
+    images: Int64Array,
+    candidates: Sequence[Float32Array],
+    threshold: float,
+    votes: Votes,
+    share: float,
+) -> tuple[list[Matches], Float64Array]:
+    """The matches of a query with candidates, as of `match_many`, and these images' scores by all of their features.
 
-    images: (N,) int64, keys; near: what of each is nearer than `votes.bar`. share: features of an image for each one
+    query: (Q, D); images: (N,) int64, their keys; candidates: (C_i, D) each. share: features of an image for each one
     of them in the index, 1 where that has all.
 
     Where the index has a part, its last neighbour is farther than the last of all features would be. Where that one is
     follows from what is known: all features of these images, and of the others those in the index, each of which stands
     for so many.
     """
-    levels = votes.bar if share <= 1 else _levels_of_all(votes, images, near, share)
+    matches: list[Matches] = []
+    near: list[Near] = []
+    bar, most = votes.bar, _GATHERED * votes.keys.size
+    with single_blas_thread():
+        for candidate in candidates:
+            found, gathered = match_and_gather(query, [candidate], threshold, bar)
+            matches += found
+            near += gathered
+            if share > 1 and sum(len(one.query) for one in near) > most:
+                bar = _levels(votes, bar, near)
+                near = [_above(one, bar) for one in near]
+    levels = bar
+    if share > 1:
+        others = (votes.keys >= 0) & ~np.isin(votes.keys >> ORDINAL_BITS, images)
+        levels = _levels(votes, bar, near, (np.nonzero(others)[0], votes.similarities[others]), share)
     scores = np.zeros(len(near))
     for row, one in enumerate(near):
-        above = one.query[one.similarity > levels[one.query]]
-        hits = np.maximum(np.bincount(above, minlength=len(levels)), 1)
-        scores[row] = _soft(one.best, levels, hits).sum()
-    return scores
+        hits = np.bincount(_above(one, levels).query, minlength=len(levels))
+        scores[row] = _soft(one.best, levels, np.maximum(hits, 1)).sum()
+    return matches, scores
 
 
 def _soft(best: Float32Array, levels: Float32Array, hits: IntArray) -> Float64Array:
@@ -166,17 +188,30 @@ def _soft(best: Float32Array, levels: Float32Array, hits: IntArray) -> Float64Ar
     return np.maximum(best.astype(np.float64) - levels, 0) / np.sqrt(hits)
 
 
-def _levels_of_all(votes: Votes, images: Int64Array, near: Sequence[Near], share: float) -> Float32Array:
-    """The similarity at which each query feature has as many neighbours among all features as it has in the index."""
-    valid = votes.keys >= 0
-    wanted = valid.sum(axis=1)
+def _above(near: Near, levels: Float32Array) -> Near:
+    kept = near.similarity > levels[near.query]
+    return Near(near.best, near.query[kept], near.similarity[kept])
+
+
+def _levels(
+    votes: Votes,
+    bar: Float32Array,
+    near: Sequence[Near],
+    others: tuple[IntArray, Float32Array] = (np.empty(0, np.intp), np.empty(0, np.float32)),
+    share: float = 1.0,
+) -> Float32Array:
+    """(Q,): the similarity at which each query feature has as many neighbours as it has in the index, or `bar`.
+
+    near: those above the bar, which count once. others: query features and similarities, which count `share` times.
+    More that are found can only raise a level.
+    """
+    wanted = (votes.keys >= 0).sum(axis=1)
     if (wanted <= 1).all():
-        return votes.bar
-    others = valid & ~np.isin(votes.keys >> ORDINAL_BITS, images)
-    query = np.concatenate([*(one.query for one in near), np.nonzero(others)[0]])
-    similarity = np.concatenate([*(one.similarity for one in near), votes.similarities[others]])
+        return bar
+    query = np.concatenate([*(one.query for one in near), others[0]])
+    similarity = np.concatenate([*(one.similarity for one in near), others[1]])
     weight = np.ones(len(query))
-    weight[len(query) - np.count_nonzero(others) :] = share
+    weight[len(query) - len(others[0]) :] = share
     order = np.lexsort((-similarity, query))
     query, similarity, weight = query[order], similarity[order], weight[order]
     reached = np.cumsum(weight)
@@ -184,6 +219,6 @@ def _levels_of_all(votes: Votes, images: Int64Array, near: Sequence[Near], share
     before = np.append(0.0, reached)[first]
     place = np.searchsorted(reached, before + wanted)
     known = place < np.searchsorted(query, np.arange(len(wanted)), side="right")
-    levels = votes.bar
+    levels = bar.copy()
     levels[known] = similarity[place[known]]
     return levels

@@ -36,12 +36,12 @@ from delf_milvus.evaluation.metrics import average_precision
 from delf_milvus.features import ORDINAL_BITS, Features
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.retrieval.evidence import evidence
-from delf_milvus.retrieval.matching import match_and_gather, match_many
+from delf_milvus.retrieval.matching import match_many
 from delf_milvus.retrieval.ranking import INLIER_LEVEL, combined_scores, relative
 from delf_milvus.retrieval.search import keypoints
 from delf_milvus.retrieval.shortlist import shortlist
 from delf_milvus.retrieval.verification import verify_many
-from delf_milvus.retrieval.voting import Votes, recount, vote
+from delf_milvus.retrieval.voting import Votes, match_and_recount, vote
 from delf_milvus.settings import Settings
 
 SETTINGS = Settings()
@@ -250,8 +250,9 @@ def ranked(
     if option.counts_again:
         mine = pairs.photos.features[query].top(option.query_features)
         descriptors = [pairs.stored[i].descriptors for i in some]
-        near = match_and_gather(mine.descriptors, descriptors, SETTINGS.verify.similarity, votes.bar)[1]
-        shortlisted = relative(recount(votes, some, near, pairs.share), option.best) + whole[: option.candidates]
+        known = some, descriptors, SETTINGS.verify.similarity, votes, pairs.share
+        again = match_and_recount(mine.descriptors, *known)[1]
+        shortlisted = relative(again, option.best) + whole[: option.candidates]
     proof = pairs(query, option.query_features, some.tolist())
     inliers, putatives, similar = proof[:, :3].T
     sure = CALIBRATION.assess(proof[:, 3:])

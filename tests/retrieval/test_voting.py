@@ -6,8 +6,8 @@ from hypothesis.extra import numpy as hnp
 from twins import exact_neighbours, slow_count, slow_levels, slow_vote
 
 from delf_milvus.features import ORDINAL_BITS
-from delf_milvus.retrieval.matching import match_and_gather
-from delf_milvus.retrieval.voting import recount, vote
+from delf_milvus.retrieval import voting
+from delf_milvus.retrieval.voting import match_and_recount, vote
 
 
 def key(image, ordinal):
@@ -139,8 +139,7 @@ def test_votes_counted_again_equal_the_twins(indexed):
     keys = np.concatenate([[key(image, n) for n in range(indexed)] for image in range(12)])
     votes = vote(*exact_neighbours(query, np.concatenate([one[:indexed] for one in images]), keys, 20))
     some = np.array([2, 5, 7])
-    near = match_and_gather(query, [images[i] for i in some], 0.5, votes.bar)[1]
-    found = recount(votes, some, near, 30 / indexed)
+    found = match_and_recount(query, some, [images[i] for i in some], 0.5, votes, 30 / indexed)[1]
     levels = votes.bar
     if indexed < 30:
         others = [
@@ -160,14 +159,42 @@ def test_votes_counted_again_of_the_whole_index_are_those_counted_first():
     keys = np.concatenate([[key(image, n) for n in range(30)] for image in range(9)])
     votes = vote(*exact_neighbours(query, np.concatenate(images), keys, 9 * 30))
     compared = votes.images != 8
-    near = match_and_gather(query, [images[i] for i in votes.images[compared]], 0.5, votes.bar)[1]
-    np.testing.assert_allclose(recount(votes, votes.images[compared], near, 1.0), votes.scores[compared], rtol=1e-5)
+    some = votes.images[compared]
+    found = match_and_recount(query, some, [images[i] for i in some], 0.5, votes, 1.0)[1]
+    np.testing.assert_allclose(found, votes.scores[compared], rtol=1e-5)
 
 
 def test_without_neighbours_nothing_is_counted():
     query = unit(np.random.default_rng(0), 4)
     votes = vote(np.full((4, 3), -1, np.int64), np.zeros((4, 3), np.float32))
-    near = match_and_gather(query, [query], 0.5, votes.bar)[1]
     for share in (1.0, 6.0):
-        assert recount(votes, np.array([3]), near, share).tolist() == [0.0]
-        assert recount(votes, np.empty(0, np.int64), [], share).tolist() == []
+        matches, scores = match_and_recount(query, np.array([3]), [query], 0.5, votes, share)
+        assert (len(matches[0].query), scores.tolist()) == (4, [0.0])
+        assert match_and_recount(query, np.empty(0, np.int64), [], 0.5, votes, share)[1].tolist() == []
+
+
+@pytest.mark.parametrize("compared", [24, 20])
+@pytest.mark.parametrize("indexed", [1, 5])
+def test_what_is_dropped_on_the_way_changes_nothing(indexed, compared, monkeypatch):
+    """Of many features of which few are in the index, nearly all lie above the level of the index."""
+    rng = np.random.default_rng(indexed)
+    query, *images = (unit(rng, 60) for _ in range(25))
+    keys = np.concatenate([[key(image, n) for n in range(indexed)] for image in range(24)])
+    votes = vote(*exact_neighbours(query, np.concatenate([one[:indexed] for one in images]), keys, 12))
+    arguments = query, np.arange(compared), images[:compared], 0.5, votes, 60 / indexed
+    gathered = []
+    gather = voting.match_and_gather
+
+    def counting(*given):
+        matches, near = gather(*given)
+        gathered.append(len(near[0].query))
+        return matches, near
+
+    monkeypatch.setattr(voting, "match_and_gather", counting)
+    dropping, few = match_and_recount(*arguments), sum(gathered)
+    gathered.clear()
+    monkeypatch.setattr(voting, "_GATHERED", 10**6)
+    keeping, all_ = match_and_recount(*arguments), sum(gathered)
+    assert few < 0.7 * all_
+    np.testing.assert_allclose(dropping[1], keeping[1], rtol=1e-6)
+    assert [m.query.tolist() for m in dropping[0]] == [m.query.tolist() for m in keeping[0]]
