@@ -8,8 +8,8 @@ rows are no features (not finite, not of unit norm, not in falling attention) th
 an image that has more features than its collection indexes, the others are in the text alone: where that is unreadable
 they are lost.
 
-On a server the pages are those of a query iterator. Milvus Lite walks all keys on every query, so there the keys are
-read in few large ranges (they are spread evenly, being hashes) and the rows by key.
+Keys are spread evenly, being hashes, so a page is a range of them: pymilvus's iterators ask some things without any
+time limit. Milvus Lite walks all keys on every query, so there it is keys in few large ranges, and the rows by key.
 """
 
 from __future__ import annotations
@@ -292,53 +292,41 @@ class Fsck:
                 group = next(groups, None)
 
     def _ordered(self, name: str, primary: str, fields: Sequence[str], page: int, total: int) -> Iterator[list[Row]]:
-        """All rows in rising order of their key, in pages."""
+        """All rows in rising order of their key, in pages of about `page` rows."""
         if self._db.backend == "server":
-            yield from self._iterated(name, [primary, *fields], page)
+            # Two at least, because a server wants a condition or a limit.
+            yield from self._ranges(name, primary, fields, total // page + 2)
             return
+        for keys in self._ranges(name, primary, (), total // _RANGE + 1):
+            for start in range(0, len(keys), page):
+                wanted = [int(row[primary]) for row in keys[start : start + page]]
+                yield self._get(name, primary, wanted, fields, page)
+
+    def _ranges(self, name: str, primary: str, fields: Sequence[str], parts: int) -> Iterator[list[Row]]:
+        """All rows in rising order of their key, of so many ranges of keys one after the other."""
         bits = IMAGE_KEY_BITS + (ORDINAL_BITS if primary == "feature_key" else 0)
-        bounds = np.linspace(0, 2.0**bits, total // _RANGE + 2)[1:-1].astype(np.int64).tolist()
-        for low, high in zip([None, *bounds], [*bounds, None], strict=True):
-            limits = ([] if low is None else [f"{primary} >= {low}"]) + (
-                [] if high is None else [f"{primary} < {high}"]
-            )
-            found = self._db.call(
-                "reading keys",
+        bounds = np.linspace(0, 2.0**bits, parts + 1)[1:-1].astype(np.int64).tolist()
+        first: int | None = None
+        for end in [*bounds, None]:
+            limits = [] if first is None else [f"{primary} >= {first}"]
+            limits += [] if end is None else [f"{primary} < {end}"]
+            rows = self._db.call(
+                "reading rows",
                 self._db.client.query,
                 name,
                 filter=" and ".join(limits),
-                output_fields=[primary],
+                output_fields=[primary, *fields],
                 consistency_level=_SESSION,
             )
-            keys = sorted(int(row[primary]) for row in found)
-            del found
-            for start in range(0, len(keys), page):
-                yield self._get(name, primary, keys[start : start + page], fields, page)
-
-    def _iterated(self, name: str, fields: Sequence[str], page: int) -> Iterator[list[Row]]:
-        pages = self._db.call(
-            "reading rows",
-            self._db.client.query_iterator,
-            name,
-            batch_size=page,
-            filter="",
-            output_fields=list(fields),
-            consistency_level=_SESSION,
-        )
-        try:
-            while True:
-                with self._db.asking("reading rows"):
-                    rows = pages.next()
-                if not rows:
-                    return
-                yield list(rows)
-        finally:
-            pages.close()
+            if rows:
+                yield sorted(rows, key=lambda row: int(row[primary]))
+            # What a server may leave out lies behind the last: see `left_out`.
+            first = max(int(row[primary]) for row in rows) + 1 if rows else end
 
     def _duplicates(self, name: str, primary: str) -> list[int]:
         """Keys that a collection holds more than once: counts see every row, reads one row a key."""
         found: list[int] = []
-        for page in self._iterated(name, [primary], _PAGE_ROWS):
+        for page in self._ordered(name, primary, (), _PAGE_ROWS, self._count(name)):
             self._halve(name, primary, [int(row[primary]) for row in page], found)
         return found
 

@@ -45,6 +45,7 @@ CALLS: dict[str, Callable[[FeatureStore], Any]] = {
     "list": lambda store: list(store.list()),
     "count": lambda store: store.count_images(),
     "status": lambda store: store.status(),
+    "fsck": lambda store: store.fsck(),
     "write": lambda store: store.write(ITEMS[:2]),
     "delete": lambda store: store.delete([ITEMS[2][0].image_id]),
 }

@@ -141,15 +141,15 @@ def test_every_kind_of_damage_is_found_and_mended(place: Place) -> None:
     assert place.features(IDS[3], 3)[0]["image_key"] == image_key(IDS[3])
 
 
-def test_keys_are_read_in_several_ranges_and_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_RANGE", 100), ("_PAGE_BYTES", 5000), ("_IMAGES", 5)):
+def test_keys_are_read_in_several_ranges_and_pages(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_RANGE", 100), ("_PAGE_BYTES", 5000), ("_PAGE_ROWS", 20), ("_IMAGES", 5)):
         monkeypatch.setattr(fsck, name, value)
-    with FeatureStore.open(str(tmp_path / "photos.db"), "delf", MODEL, StoreSettings(), max_features=100) as store:
-        store.write(random_items(1, IMAGES, COUNT))
-        store._client.delete("delf_images", ids=[image_key(IDS[4])])
-        report = store.fsck()
-        assert (report.images, report.features) == (IMAGES - 1, IMAGES * COUNT)
-        assert [(one.kind, one.image_key) for one in report.findings] == [("orphan_features", image_key(IDS[4]))]
+    report = place.store.fsck()
+    assert (report.findings, report.images, report.features) == ([], IMAGES, IMAGES * COUNT)
+    expected = damage_everything(place)
+    report = place.store.fsck(repair=True)
+    assert {(one.kind, one.image_key, one.image_id, one.rows) for one in report.findings} == expected
+    assert place.store.fsck().findings == []
 
 
 def altered(features: Features, change: Callable[[dict[str, Any]], None]) -> Features:
