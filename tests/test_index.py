@@ -188,6 +188,8 @@ def test_explain_agrees_with_the_search_and_says_what_decided(index: DelfIndex) 
     assert (found.inliers, found.putatives, found.transform) == (hit.inliers, hit.putatives, hit.transform)
     assert (found.confidence, found.false_alarm) == (hit.confidence, hit.false_alarm)
     assert found.vote_rank == 1
+    assert found.recounted_votes is not None
+    assert found.recounted_votes > 0
     assert 0 < found.voting_features <= found.query_features
     assert found.verdict.startswith("Verified: ")
     other = index.explain(photo, "scene0.png")
@@ -203,6 +205,7 @@ def test_explain_compares_an_image_that_was_no_candidate(photo_folder: Path, tmp
         opened.ingest([photo_folder])
         found = opened.explain(cropped(3), "scene0.png")
         assert not found.candidate
+        assert found.recounted_votes is None
         assert not found.verified
         assert "no candidate" in found.verdict or "(--candidates)" in found.verdict
         assert "Compared all the same, " in found.verdict

@@ -26,7 +26,8 @@ class Explanation:
     its global descriptor, None where it is not among the nearest that were fetched. shortlist_rank: among the images
     that come into question by both, None where it is none of them. candidate:
     whether it was verified as one of the first of these; the rest is then as in the search, and otherwise what it would
-    have been. putatives: matches before geometry. inliers, transform, confidence, false_alarm, verified: as of a hit.
+    have been. recounted_votes: of a candidate, over all of its features; None in the mode that does not count again.
+    putatives: matches before geometry. inliers, transform, confidence, false_alarm, verified: as of a hit.
     cells: of an 8 x 8 grid over the query in which inliers lie. residual: median distance of an inlier from the
     transform, pixels of the image. scale_agreement: share of the inliers whose scales agree with the transform.
     max_false_alarm: the bar of a verified answer. rank: among the answers, None if it is none of them. verdict: the
@@ -43,6 +44,7 @@ class Explanation:
     similarity: float | None
     shortlist_rank: int | None
     candidate: bool
+    recounted_votes: float | None
     putatives: int
     inliers: int
     cells: int
@@ -89,7 +91,7 @@ def explain(
     place = int(np.flatnonzero(chosen.images == key)[0]) if key in chosen.images else None
     row = None if place is None or chosen.rows[place] < 0 else int(chosen.rows[place])
     alike = None if place is None or np.isnan(chosen.similarities[place]) else float(chosen.similarities[place])
-    found = judged.verifications[position]
+    found, recounted = judged.verifications[position], float(judged.votes[position])
     explanation = Explanation(
         image_id=image.image_id,
         query_features=len(query),
@@ -101,6 +103,7 @@ def explain(
         similarity=alike,
         shortlist_rank=None if place is None else place + 1,
         candidate=candidate,
+        recounted_votes=recounted if candidate and not np.isnan(recounted) else None,
         putatives=len(judged.matches[position].query),
         inliers=found.inliers,
         cells=found.cells,

@@ -84,6 +84,7 @@ class Timings:
 class Judgement:
     """Every candidate of one search, in falling score; arrays of the same length N.
 
+    votes: float64, counted over all of a candidate's features, NaN where only those of the index were counted.
     evidence: (N, columns), as of `evidence.evidence`. rest, rest_scores: (R,) int64 keys and float64 scores of the
     images of the shortlist that are too low to be a candidate, in falling score.
     """
@@ -93,6 +94,7 @@ class Judgement:
     matches: list[Matches]
     inliers: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]
+    votes: npt.NDArray[np.float64]
     evidence: npt.NDArray[np.float64]
     rest: npt.NDArray[np.int64]
     rest_scores: npt.NDArray[np.float64]
@@ -106,6 +108,7 @@ class Judgement:
             [self.matches[i] for i in order],
             self.inliers[order],
             scores[order],
+            self.votes[order],
             self.evidence[order],
             self.rest,
             self.rest_scores,
@@ -119,6 +122,7 @@ class Judgement:
             self.matches + other.matches,
             np.concatenate([self.inliers, other.inliers]),
             np.concatenate([self.scores, other.scores]),
+            np.concatenate([self.votes, other.votes]),
             np.concatenate([self.evidence, other.evidence]),
             np.empty(0, np.int64),
             np.empty(0),
@@ -171,14 +175,15 @@ def judge(
             matches, votes = match_and_recount(query.descriptors, *known)
             scores = chosen.recounted(rows, votes)
         else:
-            scores = chosen.scores[rows]
+            scores, votes = chosen.scores[rows], np.full(len(rows), np.nan)
             matches = [chosen.hits(row, verify.similarity) for row in rows]
             matches = [_existing(m, c) for m, c in zip(matches, candidates, strict=True)]
     with timings.measure("verify"):
         judged = verified_candidates(query, candidates, matches, verify, scores)
         rest, rest_scores = chosen.images[search.candidates :], chosen.scores[search.candidates :]
         # Nothing is known of them that would put them before a candidate.
-        judged = replace(judged, rest=rest, rest_scores=np.minimum(rest_scores, scores.min(initial=np.inf)))
+        rest_scores = np.minimum(rest_scores, scores.min(initial=np.inf))
+        judged = replace(judged, votes=votes, rest=rest, rest_scores=rest_scores)
         return judged.ordered(combined_scores(judged.scores, judged.inliers, search.inlier_weight))
 
 
@@ -203,6 +208,7 @@ def verified_candidates(
         list(matches),
         np.array([v.inliers for v in verifications], np.int64),
         scores,
+        np.full(len(candidates), np.nan),
         evidence(keypoints(query), matches, verifications),
         np.empty(0, np.int64),
         np.empty(0),
