@@ -10,13 +10,15 @@ is killed and started again, the collection loaded, and measured:
 - ingest: of 20 images more, with their index; delete: of the same;
 - memory: of the server's process; disk: of all its files.
 
-The slope is the exponent of the power of the rows by which a figure grew since the line before.
+The slope is the exponent of the power of the rows by which a figure grew since the line before. planned: what
+`delf-milvus plan` says of it with its defaults, on this machine's cores, and how far that is from the measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,8 @@ from milvus_server import WheelServer
 
 from delf_milvus import DelfIndex
 from delf_milvus.features import Features
+from delf_milvus.planning.hardware import Hardware
+from delf_milvus.planning.model import PlanRequest, make_plan
 from delf_milvus.planning.synthetic import MODEL, image, images, query
 from delf_milvus.settings import Profile, Settings, StoreSettings
 from delf_milvus.store.feature_store import FeatureStore
@@ -39,6 +43,13 @@ FEATURES = 1000
 SEARCHES = 10
 CHANGED = 20
 STEPS = ("neighbours", "vote", "geometry", "match", "verify")
+PLANNED = {
+    "build s": ("standalone.build", 1.0),
+    "neighbours ms": ("standalone.search", 1e3),
+    "memory MB": ("standalone.memory", 1e-6),
+    "disk MB": ("standalone.disk", 1e-6),
+}
+"""The names of the plan's estimates, and what their units are of ours."""
 
 
 def main() -> None:
@@ -80,12 +91,30 @@ def grow(server: WheelServer, folder: Path, sizes: list[int], profile: Profile) 
             figures["disk MB"] = size(folder) / 1e6
             figures |= changed(index.store, rows // FEATURES)
             status = index.store.index_status()
+        planned = plan_of(rows, profile)
         for name, value in figures.items():
             slope = math.log(value / before[name]) / math.log(rows / before["rows"]) if before.get(name) else math.nan
-            print(f"{name:>20} {value:14,.1f}" + ("" if math.isnan(slope) else f"  slope {slope:.2f}"), flush=True)
+            told = f"  slope {slope:5.2f}" if not math.isnan(slope) else " " * 13
+            told += f"  planned {planned[name]:,.1f} ({planned[name] / value - 1:+.0%})" if name in planned else ""
+            print(f"{name:>20} {value:14,.1f}{told}".rstrip(), flush=True)
         estimate = f"about {status.memory_bytes / 1e6:.0f} MB"
         print(f"    {status.index} {dict(status.params)}, {status.segments} segments, {estimate}\n", flush=True)
         before = figures
+
+
+def plan_of(rows: int, profile: Profile) -> dict[str, float]:
+    """What `delf-milvus plan` says of the same collection, on as many cores."""
+    request = PlanRequest(
+        rows // FEATURES,
+        FEATURES,
+        FEATURES,
+        dim=MODEL.dim,
+        global_dim=MODEL.global_dim,
+        profile=profile,
+        release=(2, 3),
+    )
+    plan = make_plan(request, Hardware(query_cores=os.cpu_count() or 1))
+    return {name: times * (plan[estimate] or math.nan) for name, (estimate, times) in PLANNED.items()}
 
 
 def searched(index: DelfIndex, stored: int) -> dict[str, float]:
