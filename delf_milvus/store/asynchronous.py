@@ -30,6 +30,8 @@ T = TypeVar("T")
 _GRACE_SECONDS = 5.0
 """How much longer than its own deadline a call may take: pymilvus's deadline is that of each of its tries."""
 
+_ATTEMPTS = 4
+
 InThread = Callable[..., Awaitable[Any]]
 """Runs a function in a thread, for a coroutine."""
 
@@ -123,14 +125,17 @@ class AsyncReads:
         return rows
 
     async def _reading(self, doing: str, read: Callable[..., Coroutine[Any, Any, Any]], call: dict[str, Any]) -> Any:
-        from tenacity import AsyncRetrying
+        from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
-        patiently = AsyncRetrying(**self._store.connection.patience())
-        try:
-            return await patiently(self._asking, doing, read, call)
-        except NotLoadedError:
+        async def reload(_: RetryCallState) -> None:
             await self._in_thread(self._store.reload)
-            return await patiently(self._asking, doing, read, call)
+
+        async def patiently() -> Any:
+            return await AsyncRetrying(**self._store.connection.patience())(self._asking, doing, read, call)
+
+        # A writer may release a collection again before this reads it.
+        released, stop = retry_if_exception_type(NotLoadedError), stop_after_attempt(_ATTEMPTS)
+        return await AsyncRetrying(retry=released, stop=stop, before_sleep=reload, reraise=True)(patiently)
 
     async def _asking(self, doing: str, read: Callable[..., Coroutine[Any, Any, Any]], call: dict[str, Any]) -> Any:
         where = self._store.connection.where

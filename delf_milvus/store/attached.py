@@ -310,7 +310,7 @@ class AttachedCollections:
             # An index that is being exchanged must stay released until that is done: wait for the writer.
             with self._db.write_lock:
                 self._db.patiently(partial(self._load, collection_name))
-            return self._db.call(doing, read, collection_name, *arguments, **options)
+                return self._db.call(doing, read, collection_name, *arguments, **options)
 
 
 def _other_model(what: str, theirs: Fingerprint, ours: Fingerprint) -> str:

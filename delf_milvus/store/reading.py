@@ -364,14 +364,15 @@ class StoreReader(AttachedCollections):
 
         Each page, of about `_PAGE` rows, is a range of image keys, which are spread evenly, so that it needs no limit:
         rows beyond a limit come in an order of the server's own. pymilvus's iterators would tell it to keep the order,
-        but ask first, without any time limit, what collection it is.
+        but ask first, without any time limit, what collection it is. A strong read waits for the server's clock, some
+        tenths of a second, so only what brings the rows is one.
         """
         if self._attach() is None:
             return
-        parts = max(1, math.ceil(self._count(self._images, condition) / _PAGE))
+        parts = max(1, math.ceil(self._count(self._images, condition, SESSION) / _PAGE))
         bounds = [(part << IMAGE_KEY_BITS) // parts for part in range(parts + 1)]
         for low, high in itertools.pairwise(bounds):
-            first = low
+            first, consistency = low, STRONG
             while first < high:
                 rows = self._reading(
                     "listing images",
@@ -379,18 +380,23 @@ class StoreReader(AttachedCollections):
                     self._images,
                     filter=both(condition, f"image_key >= {first} and image_key < {high}"),
                     output_fields=["image_key", *fields],
-                    consistency_level=STRONG,
+                    consistency_level=consistency,
                 )
                 yield from rows
                 # What a server may leave out lies behind the last: see `left_out`.
                 more = rows and self._db.backend == "server"
-                first = max(int(row["image_key"]) for row in rows) + 1 if more else high
+                first, consistency = (max(int(row["image_key"]) for row in rows) + 1 if more else high), SESSION
 
-    def _count(self, name: str, condition: str = "") -> int:
+    def _count(self, name: str, condition: str = "", consistency: str = STRONG) -> int:
         if self._attach() is None:
             return 0
         rows = self._reading(
-            "counting", self._client.query, name, filter=condition, output_fields=["count(*)"], consistency_level=STRONG
+            "counting",
+            self._client.query,
+            name,
+            filter=condition,
+            output_fields=["count(*)"],
+            consistency_level=consistency,
         )
         return int(rows[0]["count(*)"])
 

@@ -34,6 +34,7 @@ _DELETED = 16384
 _NOTED = 1000
 _DESCRIBED = 100
 _COUNTED = 1000
+_FLUSHED = 10_000
 
 
 class StoreWriter(StoreReader):
@@ -44,6 +45,7 @@ class StoreWriter(StoreReader):
         self._bulk = BulkImport(self._db, self._features, self._settings)
         self._notes = Notes(self._db, self._images)
         self._took_over = False
+        self._unflushed = 0
 
     def write(self, items: Sequence[tuple[ImageRecord, Features]]) -> None:
         """Store images with their features, replacing images of the same id; of an id given twice the last one counts.
@@ -98,6 +100,7 @@ class StoreWriter(StoreReader):
             self._bulk.finish()
             self._write_images(rows)
             self._notes.remove(complete)
+            self._flush_often()
 
     @property
     def imports_files(self) -> bool:
@@ -115,6 +118,7 @@ class StoreWriter(StoreReader):
             if now:
                 self._bulk.finish()
                 self._write_images(list(image_rows.values()))
+            self._flush_often()
 
     def settle(self) -> None:
         """Wait until all features of earlier calls of `restore` can be found."""
@@ -162,6 +166,7 @@ class StoreWriter(StoreReader):
                 self._delete_rows(self._images, moved)
                 self._write_columns(self._features, facts.features, columns)
                 self._write_images([records.described(row, batch[key]) for key, row in found.items()])
+            self._flush_often()
 
     def delete(self, image_ids: Iterable[str]) -> Ids:
         """Delete images: their rows first, then their features. Returns the ids that existed, in the given order.
@@ -188,6 +193,7 @@ class StoreWriter(StoreReader):
                 self._delete_rows(self._images, list(counts))
                 self._delete_features(counts)
                 self._notes.remove(counts)
+            self._flush_often()
         return [record.image_id for record in found.values()]
 
     def interrupted(self, image_ids: Iterable[str]) -> dict[str, Mapping[str, Any]]:
@@ -251,6 +257,13 @@ class StoreWriter(StoreReader):
         )
         self._delete_rows(self._features, leftovers)
 
+    def _flush_often(self) -> None:
+        """Every so many rows, on Milvus Lite, which looks one by one through all that came or went since the last
+        flush, and by itself flushes at 128 MB: until then a search would take several times as long."""
+        if self._db.backend == "lite" and self._unflushed >= max(_FLUSHED, self._indexing.least_segment):
+            self._unflushed = 0
+            self._indexing.flush([name for name in (self._features, self._images) if name in self._loaded])
+
     def _check_current(self) -> None:
         """Raise CollectionError where the collection was rebuilt since this store was opened: nobody would see what is
         written to the old generation."""
@@ -296,6 +309,7 @@ class StoreWriter(StoreReader):
     def _write_columns(self, name: str, spec: CollectionSpec, parts: Sequence[Columns], *, new: bool = False) -> None:
         for batch in slices(joined(parts), self._settings.batch_bytes) if parts else ():
             write_columns(self._db, name, spec, batch, new=new)
+            self._unflushed += length(batch)
 
     def _write_images(self, rows: Sequence[Row]) -> None:
         spec = self._existing().images
@@ -319,6 +333,7 @@ class StoreWriter(StoreReader):
         """Delete by primary key, the last ones first."""
         for end in range(len(keys), 0, -_DELETED):
             self._db.call("deleting", self._client.delete, name, ids=list(keys[max(0, end - _DELETED) : end]))
+        self._unflushed += len(keys)
 
 
 def _leftovers(written: Mapping[int, Columns], stored: Mapping[int, Row], there: Set[int]) -> Keys:
