@@ -187,6 +187,27 @@ def test_the_loop_runs_on_while_threads_compute(place: Settings, monkeypatch: py
     run(main)
 
 
+def test_searches_go_on_beside_a_writer_that_flushes(place: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Milvus Lite's collections are released for the time of a flush.
+    monkeypatch.setattr("delf_milvus.store.writing._FLUSHED", 1)
+
+    async def main() -> None:
+        async with await AsyncDelfIndex.open(settings=place) as index:
+            await index.add(make_photo(0), "0.png")
+
+            async def write() -> None:
+                for seed in range(1, 6):
+                    await index.add(make_photo(seed), f"{seed}.png")
+
+            async def search() -> list[Any]:
+                return [await index.search(cropped(0), include_unverified=True) for _ in range(8)]
+
+            _, *found = await asyncio.gather(write(), search(), search())
+            assert [one.hits[0].image_id for many in found for one in many] == ["0.png"] * 16
+
+    run(main)
+
+
 def test_a_cancelled_call_leaves_whole_images_and_a_usable_index(place: Settings) -> None:
     async def main() -> None:
         async with await AsyncDelfIndex.open(settings=place) as index:
