@@ -228,8 +228,7 @@ class Indexing:
         index = self._repaired(name)
         if name == self._features:
             self._current = index
-        with self._db.building(), self._db.asking(f"loading {name!r}"):
-            self._client.load_collection(name, timeout=BUILD_SECONDS)
+        self._load(name)
 
     @property
     def least_segment(self) -> int:
@@ -245,7 +244,8 @@ class Indexing:
         for name in names:
             self._release(name)
             self._flush(name)
-            self.load(name)
+            # Not `load`: to describe an index Milvus Lite counts rows, which takes longer than the flush in the end.
+            self._load(name)
 
     def exchange(self, rows: int) -> None:
         """Give the features the index that so many rows ask for, and make all of them searchable.
@@ -318,6 +318,10 @@ class Indexing:
         progress(BuildProgress("loading", rows, rows))
         self.load(self._features)
         self.outdated = False
+
+    def _load(self, name: str) -> None:
+        with self._db.building(), self._db.asking(f"loading {name!r}"):
+            self._client.load_collection(name, timeout=BUILD_SECONDS)
 
     def _release(self, name: str) -> None:
         with self._db.asking(f"releasing {name!r}"):
