@@ -297,10 +297,10 @@ class Fsck:
             # Two at least, because a server wants a condition or a limit.
             yield from self._ranges(name, primary, fields, total // page + 2)
             return
-        for keys in self._ranges(name, primary, (), total // _RANGE + 1):
+        for rows in self._ranges(name, primary, (), total // _RANGE + 1):
+            keys = [int(row[primary]) for row in rows]
             for start in range(0, len(keys), page):
-                wanted = [int(row[primary]) for row in keys[start : start + page]]
-                yield self._get(name, primary, wanted, fields, page)
+                yield self._get(name, primary, keys[start : start + page], fields, page)
 
     def _ranges(self, name: str, primary: str, fields: Sequence[str], parts: int) -> Iterator[list[Row]]:
         """All rows in rising order of their key, of so many ranges of keys one after the other."""
@@ -310,7 +310,7 @@ class Fsck:
         for end in [*bounds, None]:
             limits = [] if first is None else [f"{primary} >= {first}"]
             limits += [] if end is None else [f"{primary} < {end}"]
-            rows = self._db.call(
+            found = self._db.call(
                 "reading rows",
                 self._db.client.query,
                 name,
@@ -318,10 +318,11 @@ class Fsck:
                 output_fields=[primary, *fields],
                 consistency_level=_SESSION,
             )
+            rows = sorted(found, key=lambda row: int(row[primary]))
             if rows:
-                yield sorted(rows, key=lambda row: int(row[primary]))
+                yield rows
             # What a server may leave out lies behind the last: see `left_out`.
-            first = max(int(row[primary]) for row in rows) + 1 if rows else end
+            first = int(rows[-1][primary]) + 1 if rows else end
 
     def _duplicates(self, name: str, primary: str) -> list[int]:
         """Keys that a collection holds more than once: counts see every row, reads one row a key."""
