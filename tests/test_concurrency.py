@@ -8,6 +8,7 @@ import functools
 import multiprocessing
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from delf_milvus.ingestion.pipeline import Progress
 from delf_milvus.settings import ExtractSettings, SearchSettings, StoreSettings
 from delf_milvus.store.feature_store import FeatureStore
 from delf_milvus.store.fsck import FsckReport
+from delf_milvus.store.keys import image_key
 
 Evidence = dict[str, tuple[Any, ...]]
 
@@ -118,6 +120,35 @@ def test_searchers_beside_a_writer_see_an_image_whole_or_not_at_all(place: Setti
         for one, those in zip(seen, allowed, strict=True):
             assert one <= those
     assert checked(place).findings == []
+
+
+def test_readers_do_not_notice_that_the_properties_of_a_collection_change(place: Settings) -> None:
+    """As a writer's notes do: a server loses sight of the collection for a moment, in one of 500 reads."""
+    if "://" not in place.uri:
+        pytest.skip("Milvus Lite has one writer, and no cache of collections")
+    with DelfIndex.open(settings=place) as index:
+        index.add(make_photo(0), "0", {"year": 7})
+        # Other readings wait for the server's clock, and read too seldom.
+        store = place.store.model_copy(update={"consistency": "eventually"})
+    images = f"{place.collection}_images"
+    with DelfIndex.open(settings=place.model_copy(update={"store": store})) as index:
+        ends = time.monotonic() + 8
+
+        def change(writer: int) -> None:
+            client = MilvusClient(place.uri, dedicated=True)
+            while time.monotonic() < ends:
+                client.alter_collection_properties(images, properties={f"test{writer}": str(time.monotonic())})
+            client.close()
+
+        def read(_reader: int) -> None:
+            while time.monotonic() < ends:
+                assert index.store.stored([image_key("0")])[image_key("0")][0].metadata == {"year": 7}
+
+        with ThreadPoolExecutor(6) as pool:
+            writing = [pool.submit(change, writer) for writer in range(2)]
+            reading = [pool.submit(read, reader) for reader in range(4)]
+        for one in writing + reading:
+            one.result()
 
 
 def _put(index: DelfIndex, photo: Any) -> None:

@@ -42,8 +42,9 @@ _COLLECTION_NOT_FOUND = 100
 _NOT_LOADED = 101
 # Busy, still loading, or a node, channel or replica that moves to another place: it passes.
 _PASSING = frozenset((4, 8, 12, 103, 106, 110, 202, 401, 502, 503, 901, 902, 903))
-# All that a server says of some calls while it starts.
-_STARTING = "unrecoverable error"
+# What a server says, with a code that means anything, of some calls while it starts, and of a collection whose
+# properties somebody changes at that moment; of one that is gone it says something else.
+_PASSING_TEXT = re.compile(r"unrecoverable error|can't find collection name")
 # Out of memory or disk, by its own count, or writing is denied: it lasts until somebody makes room.
 _FULL = frozenset((3, 7, 9))
 # What an embedded database says of a file that may not grow, a full disk, and an exceeded quota.
@@ -397,7 +398,7 @@ def _failed(error: Any, where: str, doing: str, timeout: float) -> DelfMilvusErr
         return AwayError(f"Cannot reach the database at {where} while {doing}: is it running?")
     if _LATE.search(error.message):
         return _late(where, doing, timeout)
-    if error.code in _PASSING or _STARTING in error.message:
+    if error.code in _PASSING or _PASSING_TEXT.search(error.message):
         return AwayError(f"The database at {where} is not ready while {doing}: {reason}.")
     if error.code in _FULL or _FULL_DISK.search(error.message):
         return DatabaseError(
