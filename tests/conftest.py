@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from pymilvus import MilvusClient
 from pytest_docker.plugin import DockerComposeExecutor, Services
 
+from delf_milvus import DelfIndex, Settings
 from delf_milvus.retrieval.answers import Hit
+from delf_milvus.settings import ExtractSettings
 
 # A suite that a shell starts in the background ignores Ctrl-C, and so would all that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -98,6 +100,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from model.models import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture
+def tiny_settings(tiny_model: Path) -> Settings:
+    """The settings of an index with that network."""
+    return Settings(model=str(tiny_model), extract=ExtractSettings(preset="fast"))
+
+
+@pytest.fixture
+def tiny_index(tmp_path: Path, tiny_settings: Settings) -> Iterator[DelfIndex]:
+    """An index of its own, empty."""
+    with DelfIndex.open(tmp_path / "photos.db", settings=tiny_settings) as opened:
+        yield opened
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -22,17 +22,6 @@ from delf_milvus.settings import DecodeSettings
 
 
 @pytest.fixture
-def settings(tiny_model: Path) -> Settings:
-    return Settings(model=str(tiny_model), extract={"preset": "fast"})  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def index(tmp_path: Path, settings: Settings) -> Iterator[DelfIndex]:
-    with DelfIndex.open(tmp_path / "photos.db", settings=settings) as opened:
-        yield opened
-
-
-@pytest.fixture
 def base() -> Iterator[str]:
     """An address of its own in memory, with four photos."""
     base = f"memory://{uuid.uuid4().hex}/photos"
@@ -61,43 +50,43 @@ def ids(index: DelfIndex) -> list[str]:
     return [record.image_id for record in index.list()]
 
 
-def test_photos_behind_an_address_are_stored_found_and_left_alone(index: DelfIndex, base: str) -> None:
-    assert index.ingest([f"{base}/"]).added == 4
-    assert ids(index) == ["a.png", "b/c.PNG", "b/d.png", "e.png"]
-    record = index.show("b/d.png")
+def test_photos_behind_an_address_are_stored_found_and_left_alone(tiny_index: DelfIndex, base: str) -> None:
+    assert tiny_index.ingest([f"{base}/"]).added == 4
+    assert ids(tiny_index) == ["a.png", "b/c.PNG", "b/d.png", "e.png"]
+    record = tiny_index.show("b/d.png")
     assert (record.uri, record.root) == (f"{base}/b/d.png", base)
     put(f"{base}/e.png", encoded(20))
-    again = index.ingest([base])
+    again = tiny_index.ingest([base])
     assert (again.updated, again.unchanged) == (1, 3)
-    assert index.search(make_photo(20, 160, 120), include_unverified=True).hits[0].image_id == "e.png"
+    assert tiny_index.search(make_photo(20, 160, 120), include_unverified=True).hits[0].image_id == "e.png"
 
 
-def test_they_have_the_rows_that_files_of_the_same_names_have(index: DelfIndex, base: str, tmp_path: Path) -> None:
+def test_they_have_the_rows_that_files_of_the_same_names_have(tiny_index: DelfIndex, base: str, tmp_path: Path) -> None:
     for seed, name in enumerate(("a.png", "b/c.PNG", "b/d.png", "e.png")):
         save_photo(tmp_path / "photos" / name, make_photo(seed, 160, 120))
     for place in (base, tmp_path / "photos", f"file://{tmp_path / 'photos'}"):
-        index.ingest([place], id_prefix=f"{place}: ")
+        tiny_index.ingest([place], id_prefix=f"{place}: ")
     kept = {}
-    for record in index.list():
+    for record in tiny_index.list():
         place, _, name = record.image_id.partition(": ")
         assert (record.root, record.uri) == (place, f"{place}/{name}")
         kept.setdefault(name, set()).add((record.feature_count, record.width, record.height, record.model))
     assert [len(one) for one in kept.values()] == [1, 1, 1, 1]
 
 
-def test_prune_removes_what_left_the_storage_and_only_of_that_address(index: DelfIndex, base: str) -> None:
-    index.ingest([base])
-    index.add(make_photo(8, 160, 120), "added by hand", uri=f"{base}/no such photo.png")
+def test_prune_removes_what_left_the_storage_and_only_of_that_address(tiny_index: DelfIndex, base: str) -> None:
+    tiny_index.ingest([base])
+    tiny_index.add(make_photo(8, 160, 120), "added by hand", uri=f"{base}/no such photo.png")
     remove(f"{base}/a.png")
-    assert index.ingest([base], prune=True, dry_run=True).removed == 1
-    assert index.ingest([base], prune=True).removed == 1
-    assert ids(index) == ["added by hand", "b/c.PNG", "b/d.png", "e.png"]
+    assert tiny_index.ingest([base], prune=True, dry_run=True).removed == 1
+    assert tiny_index.ingest([base], prune=True).removed == 1
+    assert ids(tiny_index) == ["added by hand", "b/c.PNG", "b/d.png", "e.png"]
 
 
-def test_a_photo_that_cannot_be_read_fails_alone(index: DelfIndex, base: str) -> None:
+def test_a_photo_that_cannot_be_read_fails_alone(tiny_index: DelfIndex, base: str) -> None:
     put(f"{base}/empty.png", b"")
     put(f"{base}/no photo.png", b"text")
-    report = index.ingest([base])
+    report = tiny_index.ingest([base])
     assert (report.added, [failure.path for failure in report.failures]) == (
         4,
         [f"{base}/empty.png", f"{base}/no photo.png"],
@@ -105,10 +94,10 @@ def test_a_photo_that_cannot_be_read_fails_alone(index: DelfIndex, base: str) ->
     assert report.failures[0].error == f"{base}/empty.png is empty."
 
 
-def test_one_photo_has_its_name_as_id_whatever_its_suffix(index: DelfIndex, base: str) -> None:
+def test_one_photo_has_its_name_as_id_whatever_its_suffix(tiny_index: DelfIndex, base: str) -> None:
     put(f"{base}/b/photo.raw", encoded(7))
-    index.ingest([f"{base}/b/photo.raw"], id_prefix="p/")
-    (record,) = index.list()
+    tiny_index.ingest([f"{base}/b/photo.raw"], id_prefix="p/")
+    (record,) = tiny_index.list()
     assert (record.image_id, record.uri, record.root) == ("p/photo.raw", f"{base}/b/photo.raw", f"{base}/b")
 
 
@@ -131,21 +120,21 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_a_listing_names_photos_below_the_address_with_ids_and_metadata(
-    kind: str, index: DelfIndex, base: str, tmp_path: Path
+    kind: str, tiny_index: DelfIndex, base: str, tmp_path: Path
 ) -> None:
     rows: list[dict[str, Any]] = [
         {"path": "a.png", "id": "first", "place": "Rome"},
         {"path": f"{base}/b/d.png", "place": "Bern"},
         {"path": "absent.png"},
     ]
-    report = index.ingest([base], ids_from=listing(tmp_path / f"photos.{kind}", rows))
-    assert [(one.image_id, dict(one.metadata)) for one in index.list()] == [
+    report = tiny_index.ingest([base], ids_from=listing(tmp_path / f"photos.{kind}", rows))
+    assert [(one.image_id, dict(one.metadata)) for one in tiny_index.list()] == [
         ("b/d.png", {"place": "Bern"}),
         ("first", {"place": "Rome"}),
     ]
     assert [failure.error for failure in report.failures] == [f"{base}/absent.png does not exist; check the address."]
     # What a listing leaves out is no reason to prune it.
-    assert index.ingest([base], prune=True, ids_from=tmp_path / f"photos.{kind}").removed == 0
+    assert tiny_index.ingest([base], prune=True, ids_from=tmp_path / f"photos.{kind}").removed == 0
 
 
 @pytest.mark.parametrize("path", ["memory://elsewhere/a.png", "/a.png", "memory://BASE/../a.png", "../a.png"])
@@ -206,14 +195,16 @@ def test_an_address_of_nothing_is_an_input_error(base: str) -> None:
         scan_addresses([f"{base}/nothing"])
 
 
-def test_folders_and_addresses_are_ingested_one_after_the_other(index: DelfIndex, base: str, tmp_path: Path) -> None:
+def test_folders_and_addresses_are_ingested_one_after_the_other(
+    tiny_index: DelfIndex, base: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="one after the other"):
-        index.ingest([base, tmp_path])
+        tiny_index.ingest([base, tmp_path])
 
 
-def test_feature_files_are_read_from_folders_alone(index: DelfIndex) -> None:
+def test_feature_files_are_read_from_folders_alone(tiny_index: DelfIndex) -> None:
     with pytest.raises(UsageError, match="Feature files are read from folders of this machine"):
-        index.ingest_features(["s3://bucket/features"])
+        tiny_index.ingest_features(["s3://bucket/features"])
 
 
 def test_two_photos_of_one_id_need_a_prefix(base: str) -> None:
@@ -223,13 +214,13 @@ def test_two_photos_of_one_id_need_a_prefix(base: str) -> None:
 
 
 def test_a_new_model_reads_them_again_and_fetches_nothing_that_was_not_ingested(
-    base: str, tmp_path: Path, settings: Settings
+    base: str, tmp_path: Path, tiny_settings: Settings
 ) -> None:
-    with DelfIndex.open(tmp_path / "again.db", settings=settings) as index:
+    with DelfIndex.open(tmp_path / "again.db", settings=tiny_settings) as index:
         index.ingest([base])
         index.add(make_photo(8, 160, 120), "of a stranger", uri=f"{base}/a.png")
     remove(f"{base}/b/d.png")
-    other = settings.model_copy(update={"model": str(write_tiny_model(tmp_path / "other.safetensors", 1))})
+    other = tiny_settings.model_copy(update={"model": str(write_tiny_model(tmp_path / "other.safetensors", 1))})
     with DelfIndex.open(tmp_path / "again.db", settings=other, any_model=True) as index:
         report = index.reindex(allow_missing=True)
         assert report.extracted == 3

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,17 +31,6 @@ def photos(tmp_path: Path) -> Path:
     for seed in range(COUNT):
         save_photo(tmp_path / "photos" / f"{seed}.png", make_photo(seed, 160, 120))
     return tmp_path / "photos"
-
-
-@pytest.fixture
-def settings(tiny_model: Path) -> Settings:
-    return Settings(model=str(tiny_model), extract={"preset": "fast"})  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def index(tmp_path: Path, settings: Settings) -> Iterator[DelfIndex]:
-    with DelfIndex.open(tmp_path / "photos.db", settings=settings) as opened:
-        yield opened
 
 
 def environment(model: Path) -> dict[str, str]:
@@ -99,54 +87,56 @@ def test_shards_are_counted_from_0(text: str) -> None:
 
 
 def test_shards_together_store_what_one_run_does_and_again_nothing(
-    index: DelfIndex, photos: Path, tmp_path: Path, settings: Settings
+    tiny_index: DelfIndex, photos: Path, tmp_path: Path, tiny_settings: Settings
 ) -> None:
-    reports = [index.ingest([photos], shard=(number, 5)) for number in range(5)]
+    reports = [tiny_index.ingest([photos], shard=(number, 5)) for number in range(5)]
     assert sum(report.added for report in reports) == COUNT
     assert all(report.added + report.others == COUNT for report in reports)
-    again = [index.ingest([photos], shard=(number, 5)) for number in range(5)]
+    again = [tiny_index.ingest([photos], shard=(number, 5)) for number in range(5)]
     assert [(report.added, report.updated) for report in again] == [(0, 0)] * 5
     assert [report.unchanged for report in again] == [report.added for report in reports]
-    with DelfIndex.open(tmp_path / "whole.db", settings=settings) as whole:
+    with DelfIndex.open(tmp_path / "whole.db", settings=tiny_settings) as whole:
         # Other numbers of shards, and no shards at all, agree on what is there.
         assert (whole.ingest([photos]).added, whole.ingest([photos], shard=(1, 2)).added) == (COUNT, 0)
-        assert [(one.image_id, one.sha256, one.feature_count) for one in index.list()] == [
+        assert [(one.image_id, one.sha256, one.feature_count) for one in tiny_index.list()] == [
             (one.image_id, one.sha256, one.feature_count) for one in whole.list()
         ]
 
 
-def test_a_dry_run_of_a_shard_counts_its_own_and_writes_nothing(index: DelfIndex, photos: Path) -> None:
-    counted = [index.ingest([photos], shard=(number, 3), dry_run=True) for number in range(3)]
+def test_a_dry_run_of_a_shard_counts_its_own_and_writes_nothing(tiny_index: DelfIndex, photos: Path) -> None:
+    counted = [tiny_index.ingest([photos], shard=(number, 3), dry_run=True) for number in range(3)]
     assert sum(report.added for report in counted) == COUNT
-    assert not index.status()["images"]
+    assert not tiny_index.status()["images"]
 
 
-def test_a_shard_prunes_its_own_part_alone(index: DelfIndex, photos: Path) -> None:
-    index.ingest([photos])
+def test_a_shard_prunes_its_own_part_alone(tiny_index: DelfIndex, photos: Path) -> None:
+    tiny_index.ingest([photos])
     gone = {"0.png", "1.png", "2.png", "3.png", "4.png"}
     for name in gone:
         (photos / name).unlink()
     for number in range(3):
         own = {name for name in gone if Shard(number, 3).takes(name)}
-        before = {record.image_id for record in index.list()}
-        assert index.ingest([photos], shard=(number, 3), prune=True, dry_run=True).removed == len(own)
-        assert index.ingest([photos], shard=(number, 3), prune=True).removed == len(own)
-        assert before - {record.image_id for record in index.list()} == own
-    assert {record.image_id for record in index.list()} == {record.image_id for record in index.list()} - gone
+        before = {record.image_id for record in tiny_index.list()}
+        assert tiny_index.ingest([photos], shard=(number, 3), prune=True, dry_run=True).removed == len(own)
+        assert tiny_index.ingest([photos], shard=(number, 3), prune=True).removed == len(own)
+        assert before - {record.image_id for record in tiny_index.list()} == own
+    assert {record.image_id for record in tiny_index.list()} == {record.image_id for record in tiny_index.list()} - gone
 
 
-def test_shards_of_a_listing_take_its_ids(index: DelfIndex, photos: Path, tmp_path: Path) -> None:
+def test_shards_of_a_listing_take_its_ids(tiny_index: DelfIndex, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "listing.csv").write_text("path,id\n0.png,zero\n1.png,one\n2.png,two\n3.png,three\n")
     for number in range(2):
-        index.ingest([photos], ids_from=tmp_path / "listing.csv", shard=(number, 2))
-        stored = {record.image_id for record in index.list()}
+        tiny_index.ingest([photos], ids_from=tmp_path / "listing.csv", shard=(number, 2))
+        stored = {record.image_id for record in tiny_index.list()}
         assert {one for one in ("zero", "one", "two", "three") if Shard(number, 2).takes(one)} <= stored
     assert stored == {"zero", "one", "two", "three"}
 
 
-def test_shards_of_a_tenant_follow_the_keys_that_are_stored(photos: Path, tmp_path: Path, settings: Settings) -> None:
-    own = settings.model_copy(
-        update={"store": settings.store.model_copy(update={"tenant_field": "shop", "tenant": "a"})}
+def test_shards_of_a_tenant_follow_the_keys_that_are_stored(
+    photos: Path, tmp_path: Path, tiny_settings: Settings
+) -> None:
+    own = tiny_settings.model_copy(
+        update={"store": tiny_settings.store.model_copy(update={"tenant_field": "shop", "tenant": "a"})}
     )
     with DelfIndex.open(tmp_path / "tenants.db", settings=own) as index:
         for number in range(3):
@@ -158,7 +148,7 @@ def test_shards_of_a_tenant_follow_the_keys_that_are_stored(photos: Path, tmp_pa
 
 @pytest.mark.parametrize("format", ["npz", "hloc"])
 def test_features_that_shards_extracted_are_ingested_by_shards(
-    format: str, photos: Path, tmp_path: Path, tiny_model: Path, index: DelfIndex
+    format: str, photos: Path, tmp_path: Path, tiny_model: Path, tiny_index: DelfIndex
 ) -> None:
     extracted = 0
     for number in range(2):
@@ -169,10 +159,10 @@ def test_features_that_shards_extracted_are_ingested_by_shards(
         assert report["extracted"] + report["others"] == COUNT
         extracted += report["extracted"]
     assert extracted == COUNT
-    parts = [index.ingest_features([tmp_path / "features"], shard=(number, 3)) for number in range(3)]
+    parts = [tiny_index.ingest_features([tmp_path / "features"], shard=(number, 3)) for number in range(3)]
     assert sum(part.added for part in parts) == COUNT
-    assert [record.image_id for record in index.list()] == [photo.image_id for photo in scan([photos]).photos]
-    removed = [index.ingest_features([tmp_path / "features"], shard=(n, 3), prune=True).removed for n in range(3)]
+    assert [record.image_id for record in tiny_index.list()] == [photo.image_id for photo in scan([photos]).photos]
+    removed = [tiny_index.ingest_features([tmp_path / "features"], shard=(n, 3), prune=True).removed for n in range(3)]
     assert removed == [0, 0, 0]
 
 
