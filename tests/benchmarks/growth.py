@@ -7,6 +7,7 @@ is killed and started again, the collection loaded, and measured:
 
 - search: whole, for the 1000 features of another photo of a stored image, 120 neighbours each, 32 lists visited, 100
   candidates matched and verified; its steps; how many of the photos were found first, and verified (medians of 10);
+- with `--nprobe 16 64`, the neighbours too where so many lists are visited;
 - ingest: of 20 images more, with their index; delete: of the same;
 - memory: of the server's process; disk: of all its files.
 
@@ -56,17 +57,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--profile", default="IVF_PQ")
+    parser.add_argument("--nprobe", type=int, nargs="*", default=[], help="lists visited, beside the setting's 32")
     parser.add_argument("--folder", type=Path, help="of the server's files; default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         server = WheelServer(Path(folder))
         try:
-            grow(server, Path(folder), sorted(options.rows), options.profile)
+            grow(server, Path(folder), sorted(options.rows), options.profile, options.nprobe)
         finally:
             server.kill()
 
 
-def grow(server: WheelServer, folder: Path, sizes: list[int], profile: Profile) -> None:
+def grow(server: WheelServer, folder: Path, sizes: list[int], profile: Profile, nprobes: list[int]) -> None:
     before: dict[str, float] = {}
     written = 0
     settings = StoreSettings(timeout=600)
@@ -82,13 +84,16 @@ def grow(server: WheelServer, folder: Path, sizes: list[int], profile: Profile) 
             store.build_index(profile)
             figures["build s"] = time.perf_counter() - started
         server.restart()
-        with DelfIndex.open(server.uri, collection="growth", made_by=MODEL, settings=Settings(store=settings)) as index:
+        with opened(server, settings) as index:
             started = time.perf_counter()
             index.search(seen_again(0))
             figures["first search s"] = time.perf_counter() - started
             figures |= searched(index, rows // FEATURES)
             figures["memory MB"] = resident(server) / 1e6
             figures["disk MB"] = size(folder) / 1e6
+            for nprobe in nprobes:
+                with opened(server, settings.model_copy(update={"nprobe": nprobe})) as other:
+                    figures[f"nprobe {nprobe} ms"] = searched(other, rows // FEATURES)["neighbours ms"]
             figures |= changed(index.store, rows // FEATURES)
             status = index.store.index_status()
         planned = plan_of(rows, profile)
@@ -100,6 +105,11 @@ def grow(server: WheelServer, folder: Path, sizes: list[int], profile: Profile) 
         estimate = f"about {status.memory_bytes / 1e6:.0f} MB"
         print(f"    {status.index} {dict(status.params)}, {status.segments} segments, {estimate}\n", flush=True)
         before = figures
+
+
+def opened(server: WheelServer, settings: StoreSettings) -> DelfIndex:
+    """The collection, with these settings."""
+    return DelfIndex.open(server.uri, collection="growth", made_by=MODEL, settings=Settings(store=settings))
 
 
 def plan_of(rows: int, profile: Profile) -> dict[str, float]:
