@@ -2,10 +2,11 @@
 
 - Every default was measured by the project, is worked out from the widths of the fields, or says that it is assumed.
   `bench` measures most of them anew on the user's machine; what its file lacks stays at the default.
-- Times were measured on two cores that client and server shared, beside other work. "core seconds" are the wall time
-  times these two cores: an upper bound.
-- Growth was recorded at 100,000, 1M and 5M descriptors. What was fitted to which of these, and which were held out,
-  is said where a coefficient is fitted; `tests/planning` compares with what was held out.
+- Times were measured on two cores that client and server shared. "core seconds" are the wall time times these two
+  cores: an upper bound.
+- Growth was recorded at 100,000, 1M and 10M descriptors with nothing beside it, and at 5M beside other work, of which
+  only the bytes are used. What was fitted to which of these, and which were held out, is said where a coefficient is
+  fitted; `tests/planning` compares with what was held out.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from delf_milvus.errors import InputError, UsageError, one_line
 FORMAT = "delf-milvus coefficients"
 
 _GROWTH = "measured by the project on 2 cores, Milvus 2.3.5: README.md, Benchmarks, growth"
-_PROBES = "measured by the project on 2 cores, Milvus 2.3.5: 1M rows, nprobe 16 and 64 (0.43 s, 0.89 s)"
+_PROBES = "measured by the project on 2 cores, Milvus 2.3.5: 1M rows, nprobe 16 and 64 (0.22 s, 0.47 s)"
 _WRITES = "measured by the project on 2 cores, Milvus 2.3.5: README.md, Benchmarks, tests/benchmarks/moving.py"
-_ROUNDS = "assumed by the project: with it the recorded build of 5M rows comes out"
+_ROUNDS = "assumed by the project: segments are indexed as written, and again when merged"
 _LITE = "measured by the project on 2 cores, Milvus Lite 3.2: 1M rows, nprobe 16 and 64 (2.3 s, 2.6 s; 1.45 GB)"
 _LITE_PROCESS = "measured by the project, 2026-11-27, Milvus Lite 3.2: delf-milvus list of a collection of four images"
 _LITE_ROWS = "measured by the project on 2 cores, Milvus Lite 3.2: README.md, Benchmarks"
@@ -49,24 +50,24 @@ class Coefficient:
 Coefficients = Mapping[str, Coefficient]
 
 DEFAULTS: dict[str, Coefficient] = {
-    # Base and working memory are fitted to the growth at 100,000 and 5M; 1M is held out. The bytes of a row are not
-    # fitted: they are worked out from the fields.
+    # Base and working memory are fitted to the growth at 100,000, 5M and 10M; 1M is held out. The bytes of a row are
+    # not fitted: they are worked out from the fields.
     "memory_base_bytes": Coefficient(375e6, "bytes of a server's process", _GROWTH),
-    "memory_working_bytes": Coefficient(150e6, "bytes that loading and searching hold, at most", _GROWTH),
+    "memory_working_bytes": Coefficient(300e6, "bytes that loading and searching hold, at most", _GROWTH),
     "memory_room": Coefficient(1.5, "times what is loaded", _WORKED_OUT),
     "primary_key_bytes": Coefficient(16, "bytes a row", _WORKED_OUT),
     "image_text_bytes": Coefficient(300, "bytes an image: id, paths of 50 characters, checksum", _WIDTHS),
     "storage_copies": Coefficient(2, "times what is stored, until what was compacted is collected", _WORKED_OUT),
-    # Fitted to 100,000 and 5M; 1M is held out.
-    "disk_base_bytes": Coefficient(314e6, "bytes of a standalone server's folder", _GROWTH),
-    "disk_row_bytes": Coefficient(857, "bytes a row of 40 components, logs included", _GROWTH),
+    # Fitted to 100,000 and 10M; 1M and 5M are held out.
+    "disk_base_bytes": Coefficient(354e6, "bytes of a standalone server's folder", _GROWTH),
+    "disk_row_bytes": Coefficient(814, "bytes a row of 40 components, logs included", _GROWTH),
     "proxy_memory_bytes": Coefficient(4 * 2**30, "bytes a proxy", _WORKED_OUT),
     # Fitted to nprobe 16 and 64 at 1M rows; the growth is held out.
-    "search_fixed_seconds": Coefficient(0.277e-3, "seconds a query descriptor, of any size", _PROBES),
-    "search_code_seconds": Coefficient(19.6e-9, "core seconds a code of IVF_PQ that is visited", _PROBES),
-    # Fitted to 100,000 and 1M; 5M is held out.
-    "build_base_seconds": Coefficient(34.4, "seconds", _GROWTH),
-    "build_list_seconds": Coefficient(284e-9, "core seconds a row and list of IVF_PQ", _GROWTH),
+    "search_fixed_seconds": Coefficient(0.143e-3, "seconds a query descriptor, of any size", _PROBES),
+    "search_code_seconds": Coefficient(10.4e-9, "core seconds a code of IVF_PQ that is visited", _PROBES),
+    # Fitted to 100,000, 1M and 10M, so that the largest of the relative errors is the least.
+    "build_base_seconds": Coefficient(50, "seconds", _GROWTH),
+    "build_list_seconds": Coefficient(250e-9, "core seconds a row and list of IVF_PQ", _GROWTH),
     "build_rounds": Coefficient(2, "times, where segments are merged: as written, and merged", _ROUNDS),
     "write_rows_per_second": Coefficient(41_125, "rows a second", _WRITES),
     "bulk_rows_per_second": Coefficient(65_000, "rows a second", _WRITES),
