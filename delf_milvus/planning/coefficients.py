@@ -5,7 +5,7 @@
 - Times were measured on two cores that client and server shared. "core seconds" are the wall time times these two
   cores: an upper bound.
 - Growth was recorded at 100,000, 1M and 10M descriptors with nothing beside it, and at 5M beside other work, of which
-  only the bytes are used. What was fitted to which of these, and which were held out, is said where a coefficient is
+  no times are fitted to. What was fitted to which of these, and which were held out, is said where a coefficient is
   fitted; `tests/planning` compares with what was held out.
 """
 
@@ -65,7 +65,7 @@ DEFAULTS: dict[str, Coefficient] = {
     # Fitted to nprobe 16 and 64 at 1M rows; the growth is held out.
     "search_fixed_seconds": Coefficient(0.143e-3, "seconds a query descriptor, of any size", _PROBES),
     "search_code_seconds": Coefficient(10.4e-9, "core seconds a code of IVF_PQ that is visited", _PROBES),
-    # Fitted to 100,000, 1M and 10M, so that the largest of the relative errors is the least.
+    # Fitted to 100,000, 1M and 10M, so that the largest of the relative errors is the least; 5M is held out.
     "build_base_seconds": Coefficient(50, "seconds", _GROWTH),
     "build_list_seconds": Coefficient(250e-9, "core seconds a row and list of IVF_PQ", _GROWTH),
     "build_rounds": Coefficient(2, "times, where segments are merged: as written, and merged", _ROUNDS),

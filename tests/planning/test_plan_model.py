@@ -15,14 +15,14 @@ from delf_milvus.planning.hardware import Hardware
 from delf_milvus.planning.model import RECORDED_CORES, Plan, PlanRequest, make_plan
 from delf_milvus.settings import Profile
 
-# README.md, Benchmarks, growth: photos of 1000 descriptors, 1000 of a query, Milvus 2.3.5, two cores. The times of 5M
-# were taken beside other work.
+# README.md, Benchmarks, growth: photos of 1000 descriptors, 1000 of a query, Milvus 2.3.5, two cores. Of 5M, which
+# was measured beside other work, the search is left out: it took longer than that of 10M.
 RECORDED = {
     1_000_000: {"memory": 0.82e9, "search": 0.29, "build": 220.0, "compare": 0.29},
-    5_000_000: {"memory": 1.22e9},
+    5_000_000: {"memory": 1.22e9, "build": 2400.0},
     10_000_000: {"memory": 2.13e9, "search": 0.93, "build": 4359.0, "compare": 0.26},
 }
-TIMED = {rows: measured for rows, measured in RECORDED.items() if "search" in measured}
+SEARCHED = {rows: measured for rows, measured in RECORDED.items() if "search" in measured}
 
 
 def measured_collection(rows: int, profile: Profile = "IVF_PQ") -> Plan:
@@ -47,13 +47,14 @@ def test_the_memory_of_the_held_out_million_is_met_and_that_of_the_others_too() 
 
 def test_search_times_of_both_collections_are_met_by_a_fit_to_other_measurements() -> None:
     # Fitted to two numbers of visited lists in another run: both sizes are held out.
-    for rows, measured in TIMED.items():
+    for rows, measured in SEARCHED.items():
         assert off(measured_collection(rows), "standalone.search", measured["search"]) < 0.2, rows
         assert off(measured_collection(rows), "client.compare", measured["compare"]) < 0.2, rows
 
 
-def test_the_build_times_of_a_million_and_of_ten_are_met() -> None:
-    for rows, measured in TIMED.items():
+def test_the_build_time_of_the_held_out_five_million_is_met_and_that_of_the_others_too() -> None:
+    # Fitted to 100,000, 1M and 10M: 5M is held out.
+    for rows, measured in RECORDED.items():
         assert off(measured_collection(rows), "standalone.build", measured["build"]) < 0.25, rows
 
 
