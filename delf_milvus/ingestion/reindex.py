@@ -7,7 +7,8 @@
 3. The alias is switched; a last look takes the images that came to the old one at that very moment. Whoever has the
    old one open can read it on, but no longer write to it.
 
-An image whose photo is gone, or cannot be read, has no features of the new model: nothing is switched, unless asked.
+An image whose photo is gone, or cannot be read, has no features of the new model, unless those of the same content are
+there from an earlier run: nothing is switched, unless asked.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class _Run:
     started: float
 
     seen: set[int] = field(default_factory=set)
+    unread: list[str] = field(default_factory=list)
 
     def fill(self) -> int:
         """One pass; the number of images it changed in the new generation."""
@@ -126,6 +128,8 @@ class _Run:
                 changed += self._ingest(new, wanted, total)
                 if self.report.interrupted:
                     return changed
+                # An earlier run has left another version of a photo that nobody can read any more.
+                new.delete([image_id for image_id in self.unread if image_id in known])
                 changed += _described(new, page)
                 self.seen.update(record.key for record in page)
                 self._tell(len(self.seen), total)
@@ -163,8 +167,9 @@ class _Run:
         return None
 
     def _ingest(self, new: FeatureStore, wanted: list[ImageRecord], total: int) -> int:
-        """Extract and store these images; how many of them changed anything."""
-        photos = [photo for record in wanted if (photo := self._photo(record))]
+        """Extract and store these images; how many of them changed anything. `unread` has the others' ids."""
+        photos = {record.image_id: photo for record in wanted if (photo := self._photo(record))}
+        self.unread = [record.image_id for record in wanted if record.image_id not in photos]
         if not photos:
             return 0
 
@@ -172,11 +177,18 @@ class _Run:
             self._tell(len(self.seen) + inner.done, total, self.report.extracted + inner.extracted)
 
         done_now = ingest_photos(
-            Scan(photos, [], []), new, self.load_extractor, self.fingerprint, self.settings, progress=tell
+            Scan(list(photos.values()), [], []),
+            new,
+            self.load_extractor,
+            self.fingerprint,
+            self.settings,
+            progress=tell,
         )
         changed = done_now.added + done_now.updated
         self.report.extracted += changed
         self.report.missing += done_now.failures
+        failed = {failure.path for failure in done_now.failures}
+        self.unread += [image_id for image_id, photo in photos.items() if photo.place in failed]
         self.report.interrupted = done_now.interrupted
         return changed
 

@@ -258,6 +258,28 @@ def test_missing_photos_hold_the_switch_and_old_generations_stay_until_dropped(
         assert len(index.list()) == 5
 
 
+def test_an_old_version_of_a_photo_that_is_gone_does_not_come_back(
+    place: Settings, models: tuple[Path, Path], photos: Path
+) -> None:
+    with DelfIndex.open(settings=place) as index:
+        index.ingest([photos])
+    assert rebuild(place, models[1]).switched
+    for name in ("2.png", "3.png", "4.png"):
+        save_photo(photos / name, make_photo(40, 160, 120))
+    with DelfIndex.open(settings=place, model=models[1], create=False) as index:
+        index.ingest([photos])
+    (photos / "1.png").unlink()
+    (photos / "2.png").unlink()
+    (photos / "3.png").write_bytes(b"no photo")
+    report = rebuild(place, models[0], allow_missing=True)
+    # The generation that was left has the others as they were, 1.png too.
+    assert {Path(failure.path).name for failure in report.missing} == {"2.png", "3.png"}
+    assert (report.switched, report.extracted, report.images) == (True, 1, 4)
+    with DelfIndex.open(settings=place, create=False) as index:
+        assert {record.image_id for record in index.list()} == {"0.png", "1.png", "4.png", "5.png"}
+        assert index.fsck().findings == []
+
+
 def test_names_of_others_are_left_alone(place: Settings, models: tuple[Path, Path], photos: Path) -> None:
     with DelfIndex.open(settings=place) as index:
         index.ingest([photos])
