@@ -322,7 +322,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path, (models[0], models[1]), "", {})
 
 
-def check(world: World, examples: int, steps: int) -> None:
+def check(world: World, examples: int, steps: int, long: int) -> None:
     class Machine(Collection):
         pass
 
@@ -330,7 +330,7 @@ def check(world: World, examples: int, steps: int) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Machine,
         settings=settings(
-            max_examples=100 * examples if LONG else examples,
+            max_examples=long if LONG else examples,
             stateful_step_count=3 * steps if LONG else steps,
             derandomize=not LONG,
             database=DirectoryBasedExampleDatabase(".hypothesis/examples") if LONG else None,
@@ -342,10 +342,10 @@ def check(world: World, examples: int, steps: int) -> None:
 
 
 def test_an_embedded_collection_holds_what_a_dictionary_holds(world: World) -> None:
-    check(world, 6, 15)
+    check(world, 6, 15, long=200)
 
 
 @pytest.mark.server
 def test_a_collection_on_a_server_holds_what_a_dictionary_holds(world: World, milvus: Server) -> None:
     world.uri = milvus.uri
-    check(world, 2, 10)
+    check(world, 2, 10, long=60)
