@@ -267,7 +267,6 @@ class AttachedCollections:
                 self._client.create_collection(
                     name,
                     schema=schema.to_pymilvus(spec),
-                    index_params=self._indexing.params(name, self._indexing.profile(name, 0), spec.filtered),
                     properties={
                         schema.PROPERTY: facts.to_json(),
                         **generations.properties(self._collection, self._generation),
@@ -275,6 +274,7 @@ class AttachedCollections:
                     consistency_level=SESSION,
                     timeout=self._settings.timeout,
                 )
+                self._indexing.begin(name, spec.filtered)
         except DatabaseError:
             if not self._is_there(name):
                 raise

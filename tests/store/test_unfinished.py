@@ -157,6 +157,8 @@ def test_a_killed_server_keeps_the_note_of_a_deletion(
         assert len(properties(store)) == 1
         assert store.delete(IDS[3:4]) == IDS[3:4]
         assert properties(store) == []
+        # Nothing has read the features yet, and the server was killed while it loaded them.
+        store.connection.client.load_collection(f"{name}_features")
         keys = store.connection.client.query(
             f"{name}_features", filter="feature_key >= 0", output_fields=["feature_key"], consistency_level="Strong"
         )
