@@ -1,6 +1,6 @@
 """An index against a plain dictionary: whatever is done to it in whatever order, it holds what the dictionary holds.
 
-Short in the suite; `HYPOTHESIS_PROFILE=long python -m pytest -x -n0 -s tests/test_against_a_model.py` takes two hours,
+Short in the suite; `HYPOTHESIS_PROFILE=long python -m pytest -x -n0 -s tests/test_against_a_model.py` takes some ninety minutes,
 searches anew each time and begins with the steps that failed the last time.
 
 A crash is a call that changes the database and that is never made: the exception goes past everything, as nothing
@@ -348,4 +348,4 @@ def test_an_embedded_collection_holds_what_a_dictionary_holds(world: World) -> N
 @pytest.mark.server
 def test_a_collection_on_a_server_holds_what_a_dictionary_holds(world: World, milvus: Server) -> None:
     world.uri = milvus.uri
-    check(world, 2, 10, long=40)
+    check(world, 2, 10, long=20)

@@ -42,9 +42,9 @@ _COLLECTION_NOT_FOUND = 100
 _NOT_LOADED = 101
 # Busy, still loading, or a node, channel or replica that moves to another place: it passes.
 _PASSING = frozenset((4, 8, 12, 103, 106, 110, 202, 401, 502, 503, 901, 902, 903))
-# What a server says, with a code that means anything, of some calls while it starts, and of a collection whose
+# What a server says, with a code that means anything, of some calls while it starts or ends, and of a collection whose
 # properties somebody changes at that moment; of one that is gone it says something else.
-_PASSING_TEXT = re.compile(r"unrecoverable error|can't find collection name")
+_PASSING_TEXT = re.compile(r"unrecoverable error|service not ready|can't find collection name")
 # Out of memory or disk, by its own count, or writing is denied: it lasts until somebody makes room.
 _FULL = frozenset((3, 7, 9))
 # What an embedded database says of a file that may not grow, a full disk, and an exceeded quota.
