@@ -1,7 +1,7 @@
 """An index against a plain dictionary: whatever is done to it in whatever order, it holds what the dictionary holds.
 
-Short in the suite; `HYPOTHESIS_PROFILE=long python -m pytest -x -n0 -s tests/test_against_a_model.py` takes some ninety minutes,
-searches anew each time and begins with the steps that failed the last time.
+Short in the suite; `HYPOTHESIS_PROFILE=long python -m pytest -x -n0 -s tests/test_against_a_model.py` takes some ninety
+minutes, searches anew each time and begins with the steps that failed the last time.
 
 A crash is a call that changes the database and that is never made: the exception goes past everything, as nothing
 handles its class, and the handle is abandoned. Of Milvus Lite, which this process has open, the files are copied at
