@@ -63,10 +63,6 @@ class Image:
     year: int
     file: bool
 
-    def shows(self, other: Image) -> bool:
-        """Whether both are the same photo."""
-        return self.variant == other.variant
-
 
 @dataclass
 class World:
@@ -152,7 +148,9 @@ class Collection(RuleBasedStateMachine):
         other = 1 - self.model
         with self.opened(model=other, any_model=True, create=False) as index:
             report = index.reindex(allow_missing=allow_missing, drop_old=drop_old)
-        kept = {name for name, image in self.stored.items() if name in self.left and image.shows(self.left[name])}
+        kept = {
+            one for one, image in self.stored.items() if one in self.left and self.left[one].variant == image.variant
+        }
         missing = {
             name for name, image in self.stored.items() if image.file and name not in self.files and name not in kept
         }
