@@ -59,6 +59,8 @@ _QUERIES = 3
 _PROBES = (8, 64)
 _EXTRACTING, _WRITING = 0.3, 0.25
 _NEIGHBOURS = 120
+_FARTHEST = 2.0
+"""Times that a fit may be off what was held out, up or down; beyond that it is none."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PORT = 19530
 _IMAGES_AT_ONCE = 20
@@ -310,8 +312,13 @@ def _search(opened: Opened, store: FeatureStore) -> list[_Searched]:
 def _fit_search(searches: list[_Searched], rows: int, lite: bool, notes: _Notes) -> None:
     *fitted, held_out = searches
     codes, seconds = np.array(fitted).T
-    slope = max(0.0, float(np.polyfit(codes, seconds, 1)[0]))
-    fixed = max(0.0, float(np.mean(seconds - slope * codes)))
+    slope, fixed = np.polyfit(codes, seconds, 1).tolist()
+    told = fixed + slope * held_out.codes
+    # Noise is larger than what so few codes take: such a fit would say anything of a large collection.
+    if slope <= 0 or fixed <= 0 or not 1 / _FARTHEST <= told / held_out.seconds <= _FARTHEST:
+        measured = ", ".join(f"{1e3 * ASKED * one.seconds:.0f} ms for {one.codes:.0f} codes" for one in searches)
+        notes.lack(f"search: {measured} do not tell how it grows; give more --minutes and --rows")
+        return
     how = f"{rows} rows, nprobe {' and '.join(map(str, _PROBES))}"
     if lite:
         notes.take("lite_code_seconds", slope, how)
@@ -319,8 +326,8 @@ def _fit_search(searches: list[_Searched], rows: int, lite: bool, notes: _Notes)
     else:
         notes.take("search_code_seconds", slope * _cores(), f"{how}, {_cores()} cores")
         notes.take("search_fixed_seconds", fixed, how)
-    told = ASKED * (fixed + slope * held_out.codes)
-    notes.hold_out(f"search of {rows} rows, nprobe {_PROBES[-1]}", told, ASKED * held_out.seconds)
+        notes.take("search_fixed_core_seconds", fixed * _cores(), f"{how}, {_cores()} cores")
+    notes.hold_out(f"search of {rows} rows, nprobe {_PROBES[-1]}", ASKED * told, ASKED * held_out.seconds)
 
 
 def _fit_build(builds: list[_Built], lite: bool, notes: _Notes) -> None:

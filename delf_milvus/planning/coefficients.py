@@ -62,8 +62,11 @@ DEFAULTS: dict[str, Coefficient] = {
     "disk_base_bytes": Coefficient(354e6, "bytes of a standalone server's folder", _GROWTH),
     "disk_row_bytes": Coefficient(814, "bytes a row of 40 components, logs included", _GROWTH),
     "proxy_memory_bytes": Coefficient(4 * 2**30, "bytes a proxy", _WORKED_OUT),
+    "coordinator_memory_bytes": Coefficient(4 * 2**30, "bytes", _WORKED_OUT),
+    "streaming_memory_bytes": Coefficient(8 * 2**30, "bytes a streaming node", _WORKED_OUT),
     # Fitted to nprobe 16 and 64 at 1M rows; the growth is held out.
     "search_fixed_seconds": Coefficient(0.143e-3, "seconds a query descriptor, of any size", _PROBES),
+    "search_fixed_core_seconds": Coefficient(2 * 0.143e-3, "core seconds a query descriptor, of any size", _PROBES),
     "search_code_seconds": Coefficient(10.4e-9, "core seconds a code of IVF_PQ that is visited", _PROBES),
     # Fitted to 100,000, 1M and 10M, so that the largest of the relative errors is the least; 5M is held out.
     "build_base_seconds": Coefficient(50, "seconds", _GROWTH),
@@ -87,6 +90,14 @@ DEFAULTS: dict[str, Coefficient] = {
     "gpu_fast_photos_per_second": Coefficient(138, "photos a second from files of many sizes", _GPU),
     "gpu_standard_photos_per_second": Coefficient(80, "photos a second from files of many sizes", _GPU),
     "gpu_paper_photos_per_second": Coefficient(50, "photos a second from files of many sizes", _GPU),
+}
+
+_OF_SEARCHES = {
+    "search_fixed_seconds",
+    "search_fixed_core_seconds",
+    "search_code_seconds",
+    "lite_neighbour_seconds",
+    "lite_code_seconds",
 }
 
 SEARCHED = {"server": "IVF_PQ", "lite": "IVF_SQ8"}
@@ -159,8 +170,9 @@ def read(path: Path) -> dict[str, Coefficient]:
         )
     measured = {name: Coefficient(one.value, one.unit, one.source) for name, one in file.coefficients.items()}
     for name, one in measured.items():
-        # Rates and room are divided by or multiplied with: none of them can be nothing.
-        if one.value == 0 and (name.endswith("per_second") or DEFAULTS[name].unit.startswith("times")):
+        # Rates and room are divided by or multiplied with, and no search is free: none of them can be nothing.
+        nothing = name.endswith("per_second") or name in _OF_SEARCHES or DEFAULTS[name].unit.startswith("times")
+        if one.value == 0 and nothing:
             raise UsageError(
                 f"{one_line(path)}: {name} is 0, which nothing takes: measure it again with `delf-milvus bench`."
             )

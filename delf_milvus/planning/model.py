@@ -36,9 +36,6 @@ from delf_milvus.store.profiles import (
 
 Unit = Literal["count", "bytes", "seconds", "per second"]
 
-RECORDED_CORES = 2
-"""Cores of the machine that the default times are of."""
-
 RECORDED_DIM = 40
 """Components of the descriptors that the bytes a row of a standalone server and of Milvus Lite were measured with."""
 
@@ -46,6 +43,9 @@ _FILES = "chosen by delf_milvus/store/profiles.py"
 _ASKED = "asked for"
 _LITE = Engine("lite", (3, 2), gpu=False, managed=False)
 _MOST = 10**15
+_MOST_RATE = 10**9
+_PROXIES, _STREAMING = 2, 2
+"""Nodes of these roles that the sum of all memory counts."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,8 @@ class _Sizes:
     @property
     def search_core_seconds(self) -> float | None:
         """Of one search, all of the server's."""
-        return RECORDED_CORES * self.fixed_seconds + self.code_core_seconds if self.timed else None
+        fixed = self.request.query_features * self._of["search_fixed_core_seconds"]
+        return fixed + self.code_core_seconds if self.timed else None
 
     def search_seconds(self, cores: float) -> float | None:
         """Of one search that so many cores share."""
@@ -240,6 +241,8 @@ def make_plan(request: PlanRequest, hardware: Hardware | None = None, coefficien
     hardware = hardware or Hardware()
     if not 1 <= request.images <= _MOST or request.images * request.features > _MOST:
         raise UsageError("A plan is for 1 to 10^15 descriptors: give fewer images or features.")
+    if request.queries_per_second is not None and not 0 <= request.queries_per_second <= _MOST_RATE:
+        raise UsageError(f"Searches a second are a number from 0 to {_MOST_RATE:,}.")
     sizes = _Sizes(request, coefficients)
     estimates = [
         *_collection(sizes),
@@ -346,7 +349,8 @@ def _cluster(sizes: _Sizes, hardware: Hardware, coefficients: Coefficients) -> I
         wanted = f"for {request.queries_per_second:g} searches a second"
         for_rate = None if rate is None else max(1, math.ceil(request.queries_per_second / rate))
         yield Estimate("query.nodes_for_rate", "query nodes: for the rate", for_rate, "count", wanted, source)
-        yield Estimate("query.nodes", "query nodes", None if rate is None else nodes, "count", "the larger", source)
+        larger = "the larger" if request.replicas == 1 else "the larger, as many for each replica"
+        yield Estimate("query.nodes", "query nodes", None if rate is None else nodes, "count", larger, source)
     cores = hardware.query_cores * nodes / request.replicas
     search = sizes.search_seconds(cores)
     yield Estimate("query.search", "search", search, "seconds", f"nodes: {nodes}, idle", source)
@@ -355,23 +359,43 @@ def _cluster(sizes: _Sizes, hardware: Hardware, coefficients: Coefficients) -> I
         "client.compare", "the client's part of it", compare, "seconds", f"vote; {request.candidates} candidates",
         coefficients["compare_seconds"].source,
     )  # fmt: skip
-    data = data_nodes(sizes, hardware)
-    build, source = None if data is None else sizes.build_seconds(hardware.data_cores * data), keys
+    yield from _other_roles(sizes, hardware, coefficients, needed)
+    yield Estimate("object_store", "object store", copies * sizes.stored, "bytes", f"{copies:g}x what is stored", keys)
+
+
+def _other_roles(
+    sizes: _Sizes, hardware: Hardware, coefficients: Coefficients, of_query_nodes: float
+) -> Iterator[Estimate]:
+    """What is no query node, and the sum of all memory."""
+    request = sizes.request
+    of = {name: one.value for name, one in coefficients.items()}
+    data, source = data_nodes(sizes, hardware), coefficients["primary_key_bytes"].source
+    build = None if data is None else sizes.build_seconds(hardware.data_cores * data)
     older = request.release < (2, 6)
     role = "index" if older else "data"
     note = f"one segment built{'' if older else ', two merged'}"
     yield Estimate(f"{role}.memory", f"{role} node: memory of one", sizes.build_memory, "bytes", note, source)
+    merging = of["memory_base_bytes"] + 2 * sizes.engine.segment_bytes
     if older:
         # Up to 2.5 index nodes build, and data nodes merge.
-        merging = of["memory_base_bytes"] + 2 * sizes.engine.segment_bytes
         yield Estimate("data.memory", "data node: memory of one", merging, "bytes", "two segments merged", source)
     source = coefficients["build_list_seconds"].source
     limit = f"of {hardware.data_cores} cores, to build in {hardware.build_hours:g} h"
     yield Estimate(f"{role}.nodes", f"{role} nodes (build indexes)", data, "count", limit, source)
     yield Estimate("build", "index built", build, "seconds", f"nodes: {data}" if data else "", source)
-    proxy = coefficients["proxy_memory_bytes"]
+    others = merging if older else _STREAMING * of["streaming_memory_bytes"]
+    if not older:
+        streaming = coefficients["streaming_memory_bytes"]
+        what, note = "streaming node: memory of one", "two or more; what is not flushed"
+        yield Estimate("streaming.memory", what, streaming.value, "bytes", note, streaming.source)
+    proxy, coordinator = coefficients["proxy_memory_bytes"], coefficients["coordinator_memory_bytes"]
     yield Estimate("proxy.memory", "proxy: memory of one", proxy.value, "bytes", "two or more", proxy.source)
-    yield Estimate("object_store", "object store", copies * sizes.stored, "bytes", f"{copies:g}x what is stored", keys)
+    yield Estimate("coordinator.memory", "coordinator: memory", coordinator.value, "bytes", "", coordinator.source)
+    others += _PROXIES * proxy.value + coordinator.value
+    total = None if data is None else of_query_nodes + data * sizes.build_memory + others
+    counted = f"{_PROXIES} proxies" if older else f"{_PROXIES} proxies, {_STREAMING} streaming nodes"
+    note = f"{counted}; not etcd, not the object store"
+    yield Estimate("cluster.memory", "all nodes: memory", total, "bytes", note, "sum of those above")
 
 
 def _work(sizes: _Sizes, hardware: Hardware, coefficients: Coefficients) -> Iterator[Estimate]:
@@ -398,7 +422,8 @@ def query_nodes(sizes: _Sizes, hardware: Hardware, coefficients: Coefficients) -
     core_seconds = sizes.search_core_seconds
     if request.queries_per_second is not None and core_seconds is not None:
         nodes = max(nodes, math.ceil(request.queries_per_second * core_seconds / hardware.query_cores))
-    return nodes
+    # Each replica is whole.
+    return request.replicas * math.ceil(nodes / request.replicas)
 
 
 def _nodes_for_memory(needed: float, hardware: Hardware, base: float, replicas: int) -> int:

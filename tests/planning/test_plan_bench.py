@@ -14,7 +14,7 @@ from pymilvus import MilvusClient
 from delf_milvus.errors import CollectionError
 from delf_milvus.features import Fingerprint
 from delf_milvus.planning import coefficients
-from delf_milvus.planning.bench import LEAST_ROWS, BenchConfig, bench
+from delf_milvus.planning.bench import LEAST_ROWS, BenchConfig, _cores, _fit_search, _Notes, _Searched, bench
 from delf_milvus.planning.model import PlanRequest, make_plan
 from delf_milvus.planning.processes import listener, name_of, resident_bytes
 from delf_milvus.planning.synthetic import DIM, image
@@ -35,14 +35,47 @@ def interrupted(line: str) -> None:
         signal.raise_signal(signal.SIGINT)
 
 
+def assert_fitted_or_said(made: coefficients.CoefficientFile, names: set[str]) -> None:
+    """So few rows may not tell how a search grows."""
+    if names <= made.coefficients.keys():
+        assert len(made.held_out) == 1
+    else:
+        assert not names & made.coefficients.keys()
+        assert sum(line.startswith("search: ") for line in made.not_measured) == 1
+
+
+@pytest.mark.parametrize("lite", [True, False])
+@pytest.mark.parametrize(
+    ("microseconds", "fitted"),
+    [
+        ((110, 140, 120, 180), True),
+        ((140, 110, 120, 100), False),  # faster with more codes
+        ((1, 140, 60, 400), False),  # less than nothing without any
+        ((110, 140, 120, 500), False),  # the last one is far from what the others tell
+    ],
+)
+def test_search_times_that_do_not_tell_how_they_grow_are_no_coefficients(
+    lite: bool, microseconds: tuple[float, ...], fitted: bool
+) -> None:
+    codes = (1000, 4000, 2000, 8000)
+    notes = _Notes(silent)
+    found = [_Searched(many, 1e-6 * each) for many, each in zip(codes, microseconds, strict=True)]
+    _fit_search(found, 10**5, lite, notes)
+    prefix = "lite_" if lite else "search_"
+    assert all(name.startswith(prefix) and one.value > 0 for name, one in notes.measured.items())
+    assert (bool(notes.measured), len(notes.held_out), len(notes.missing)) == (fitted, fitted, not fitted)
+    if not lite and fitted:
+        assert notes.measured["search_code_seconds"].value == pytest.approx(10e-9 * _cores())
+        assert notes.measured["search_fixed_core_seconds"].value == pytest.approx(100e-6 * _cores())
+
+
 @pytest.mark.slow
 def test_bench_with_milvus_lite_leaves_nothing_and_its_file_makes_a_plan(tmp_path: Path) -> None:
     settings = Settings(uri=str(tmp_path / "mine.db"))
     made = bench(settings, QUICK, silent)
     assert list(tmp_path.iterdir()) == []
-    measured = {"lite_write_rows_per_second", "lite_code_seconds", "lite_neighbour_seconds", "lite_disk_row_bytes"}
-    assert measured <= made.coefficients.keys()
-    assert len(made.held_out) == 1
+    assert {"lite_write_rows_per_second", "lite_disk_row_bytes"} <= made.coefficients.keys()
+    assert_fitted_or_said(made, {"lite_code_seconds", "lite_neighbour_seconds"})
     assert made.coefficients["lite_disk_row_bytes"].value > 4 * DIM
     made.write(tmp_path / "c.json")
     known = coefficients.read(tmp_path / "c.json")
@@ -73,7 +106,8 @@ def test_a_server_keeps_its_own_collections_and_nothing_of_the_bench(wheel_serve
         assert set(client.list_collections()) - before == {"planned_images", "planned_features"}
         with FeatureStore.open(settings.uri, "planned", OWN, settings.store) as store:
             assert store.count_features() == 30
-        assert {"write_rows_per_second", "search_fixed_seconds", "search_code_seconds"} <= made.coefficients.keys()
+        assert "write_rows_per_second" in made.coefficients
+        assert_fitted_or_said(made, {"search_fixed_seconds", "search_fixed_core_seconds", "search_code_seconds"})
         assert any("files are not seen" in line for line in made.not_measured)
         # Rows of somebody else under the name that the bench would take.
         with FeatureStore.open(settings.uri, "planned_bench", OWN, settings.store) as store:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from delf_milvus.errors import UsageError
 from delf_milvus.planning.coefficients import DEFAULTS, Coefficient
 from delf_milvus.planning.hardware import Hardware
-from delf_milvus.planning.model import RECORDED_CORES, Plan, PlanRequest, make_plan
+from delf_milvus.planning.model import Plan, PlanRequest, make_plan
 from delf_milvus.settings import Profile
 
 # README.md, Benchmarks, growth: photos of 1000 descriptors, 1000 of a query, Milvus 2.3.5, two cores. Of 5M, which
@@ -30,7 +30,7 @@ def measured_collection(rows: int, profile: Profile = "IVF_PQ") -> Plan:
     request = PlanRequest(
         images=rows // 1000, features=1000, query_features=1000, global_dim=40, profile=profile, release=(2, 3)
     )
-    return make_plan(request, Hardware(query_cores=RECORDED_CORES))
+    return make_plan(request, Hardware(query_cores=2))
 
 
 def off(plan: Plan, name: str, measured: float) -> float:
@@ -189,6 +189,28 @@ def test_the_nodes_serve_the_rate_that_is_wanted_and_hold_what_is_loaded() -> No
     assert slow["query.nodes"] == slow["query.nodes_for_memory"] == plan["query.nodes_for_memory"]
 
 
+def test_each_replica_has_as_many_nodes() -> None:
+    plan = make_plan(PlanRequest(images=10**6, queries_per_second=3.9, replicas=3))
+    nodes, for_rate = plan["query.nodes"], plan["query.nodes_for_rate"]
+    assert nodes is not None
+    assert for_rate is not None
+    assert for_rate % 3
+    assert nodes % 3 == 0
+    assert 0 < nodes - for_rate < 3
+
+
+@pytest.mark.parametrize("release", [(2, 5), (2, 6)])
+def test_the_memory_of_all_nodes_is_that_of_their_roles(release: tuple[int, int]) -> None:
+    plan = make_plan(PlanRequest(images=10**6, release=release))
+    new = release == (2, 6)
+    assert ("streaming.memory" in plan.names) == new
+    role = "data" if new else "index"
+    of = {name: plan[name] or 0 for name in plan.names}
+    parts = of["query.memory"] + of[f"{role}.nodes"] * of[f"{role}.memory"] + of["coordinator.memory"]
+    parts += 2 * of["proxy.memory"] + (2 * of["streaming.memory"] if new else of["data.memory"])
+    assert of["cluster.memory"] == pytest.approx(parts)
+
+
 def test_replicas_multiply_memory_and_disk_of_query_nodes_and_nothing_else() -> None:
     one, three = (make_plan(PlanRequest(images=10**6, replicas=count)) for count in (1, 3))
     for name in ("query.memory", "query.disk", "query.nodes_for_memory", "object_store", "raw_bytes", "build"):
@@ -216,5 +238,8 @@ def test_what_no_plan_can_be_made_for_is_refused() -> None:
             make_plan(request)
     with pytest.raises(UsageError, match=r"needs Milvus 2\.6"):
         make_plan(PlanRequest(images=10**6, profile="IVF_RABITQ", release=(2, 5)))
+    for rate in (math.inf, math.nan, -1.0):
+        with pytest.raises(UsageError, match="Searches a second are a number"):
+            make_plan(PlanRequest(images=10**6, profile="IVF_PQ", queries_per_second=rate))
     with pytest.raises(KeyError):
         make_plan(PlanRequest(images=1))["no such estimate"]
