@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from conftest import make_photo, save_photo
@@ -263,6 +264,46 @@ def test_clusters_hold_what_their_values_say(files: tuple[str, ...], millions: i
     # Some 5 million descriptors a segment, with a copy and what is packed beside it.
     segment = values_of_segment(values)
     assert bytes_of(values["dataNode"]["resources"]["limits"]["memory"]) >= 3 * segment
+
+
+HELM = sorted((DEPLOY / "helm").glob("values*.yaml"))
+ROLES = {"proxy", "mixCoordinator", "queryNode", "dataNode", "streamingNode"}
+PARTS = ("cluster", "streaming", "woodpecker", "pulsar", "pulsarv3", "kafka", "indexNode")
+CHART: dict[str, Any] = {
+    **{name: {"enabled"} for name in PARTS},
+    **{role: {"replicas", "resources", "extraEnv", "disk"} for role in ROLES},
+    "image": {"all"},
+    "extraConfigFiles": {"user.yaml"},
+    "etcd": {"replicaCount", "persistence"},
+    "minio": {"mode", "existingSecret", "persistence"},
+    "service": {"type"},
+}
+"""Names of the chart zilliztech/milvus, version 5: Helm takes any other one without a word."""
+
+
+@pytest.mark.parametrize("file", HELM, ids=lambda one: one.name)
+def test_values_have_names_that_the_chart_knows(file: Path) -> None:
+    values = yaml.safe_load(file.read_text())
+    assert values.keys() <= CHART.keys()
+    for name, given in values.items():
+        assert given.keys() <= CHART[name], name
+
+
+@pytest.mark.parametrize("more", HELM, ids=lambda one: one.name)
+def test_pods_of_the_cluster_can_be_made_and_read_the_keys_of_its_object_store(more: Path) -> None:
+    values = merged(yaml.safe_load((DEPLOY / "helm/values.yaml").read_text()), yaml.safe_load(more.read_text()))
+    for role in ROLES:
+        container = {"name": "milvus", "image": "x", "resources": values[role]["resources"]}
+        container["env"] = values[role]["extraEnv"]
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": [container]}}
+        kubernetes_validate.validate(pod, "1.31", strict=True)
+        secrets = {one["name"]: one["valueFrom"]["secretKeyRef"] for one in container["env"]}
+        store = values["minio"]["existingSecret"]
+        assert secrets["MINIO_ACCESS_KEY_ID"] == {"name": store, "key": "accesskey"}
+        assert secrets["MINIO_SECRET_ACCESS_KEY"] == {"name": store, "key": "secretkey"}
+        guide = (DEPLOY.parent / "examples/guides/scaling.md").read_text()
+        for one in secrets.values():
+            assert re.search(rf"secret generic {one['name']} .*--from-literal={one['key']}=", guide)
 
 
 def test_a_task_of_slurm_takes_its_part_whichever_tasks_run(tmp_path: Path, tiny_model: Path) -> None:

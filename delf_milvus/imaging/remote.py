@@ -80,12 +80,16 @@ def read(address: str, limits: DecodeSettings) -> bytes:
 
 
 def exists(address: str) -> bool:
-    """Whether a file is there, as far as can be told."""
+    """Whether a file is there. Raises InputError where that cannot be told: no answer is no sign that it is gone."""
     try:
         storage, path = _storage(address)
-        return bool(storage.isfile(path))
-    except Exception:
+        return bool(storage.info(path)["type"] == "file")
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except UsageError as error:
+        raise InputError(str(error)) from None
+    except Exception as error:
+        raise _unreadable(address, error) from None
 
 
 def below(base: str, address: str) -> str | None:

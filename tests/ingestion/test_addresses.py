@@ -94,6 +94,36 @@ def test_a_photo_that_cannot_be_read_fails_alone(tiny_index: DelfIndex, base: st
     assert report.failures[0].error == f"{base}/empty.png is empty."
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_storage_that_does_not_answer_is_no_sign_that_its_photos_are_gone(
+    tiny_index: DelfIndex, base: str, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_index.ingest([base])
+    other = f"memory://{uuid.uuid4().hex}/photos"
+    put(f"{other}/a.png", encoded(0 if same else 30))
+    storage = type(fsspec.filesystem("memory"))
+    info = storage.info
+
+    def refusing(self: Any, path: str, **options: Any) -> Any:
+        if other.removeprefix("memory:/") not in path and path.endswith("a.png"):
+            raise PermissionError(13, "Forbidden")
+        return info(self, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "info", refusing)
+        report = tiny_index.ingest([other])
+    assert (report.added, report.updated, report.unchanged) == (0, 0, 0)
+    assert [failure.error for failure in report.failures] == [
+        f"Whether the stored photo of the id 'a.png' is gone cannot be told ({base}/a.png cannot be read: "
+        "[Errno 13] Forbidden): make it readable, give these photos an --id-prefix of their own, or delete the image."
+    ]
+    assert tiny_index.show("a.png").uri == f"{base}/a.png"
+    remove(f"{base}/a.png")
+    report = tiny_index.ingest([other])
+    assert (report.updated, report.failures) == (1, [])
+    assert tiny_index.show("a.png").uri == f"{other}/a.png"
+
+
 def test_one_photo_has_its_name_as_id_whatever_its_suffix(tiny_index: DelfIndex, base: str) -> None:
     put(f"{base}/b/photo.raw", encoded(7))
     tiny_index.ingest([f"{base}/b/photo.raw"], id_prefix="p/")
