@@ -14,12 +14,24 @@ from pymilvus import MilvusClient
 from delf_milvus.errors import CollectionError
 from delf_milvus.features import Fingerprint
 from delf_milvus.planning import coefficients
-from delf_milvus.planning.bench import LEAST_ROWS, BenchConfig, _cores, _fit_search, _Notes, _Searched, bench
+from delf_milvus.planning.bench import (
+    FEATURES,
+    LEAST_ROWS,
+    MOST_ROWS,
+    BenchConfig,
+    _cores,
+    _fit_memory,
+    _fit_search,
+    _Notes,
+    _Searched,
+    bench,
+)
 from delf_milvus.planning.model import PlanRequest, make_plan
 from delf_milvus.planning.processes import listener, name_of, resident_bytes
 from delf_milvus.planning.synthetic import DIM, image
 from delf_milvus.settings import Settings, StoreSettings
 from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.profiles import Engine
 
 QUICK = BenchConfig(minutes=0.01, rows=2 * LEAST_ROWS, presets=())
 OWN = Fingerprint("own", "norm", DIM, 640, (1.0,), 16)
@@ -67,6 +79,20 @@ def test_search_times_that_do_not_tell_how_they_grow_are_no_coefficients(
     if not lite and fitted:
         assert notes.measured["search_code_seconds"].value == pytest.approx(10e-9 * _cores())
         assert notes.measured["search_fixed_core_seconds"].value == pytest.approx(100e-6 * _cores())
+
+
+@pytest.mark.parametrize("grown", [0, 150e6, 250e6, 400e6, 900e6])
+def test_a_plan_of_measured_memory_tells_what_was_measured(grown: float) -> None:
+    notes = _Notes(silent)
+    before, rows = 230_000_000, MOST_ROWS
+    _fit_memory(
+        before, int(before + grown), rows, lite=False, alone=True, engine=Engine.of("Milvus 2.3.5"), notes=notes
+    )
+    request = PlanRequest(rows // FEATURES, FEATURES, global_dim=DIM, profile="IVF_PQ", release=(2, 3))
+    told = make_plan(request, coefficients={**coefficients.DEFAULTS, **notes.measured})["standalone.memory"]
+    # Below the bytes of the rows' fields alone nothing is left to fit.
+    assert told == pytest.approx(before + max(grown, 0.1399e9), rel=0.01)
+    assert notes.measured["memory_base_bytes"].value >= before
 
 
 @pytest.mark.slow
