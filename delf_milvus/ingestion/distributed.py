@@ -9,7 +9,8 @@ that depend on its id alone.
 
 A worker that dies is started anew, without a limit, for machines come and go; what it had at hand is done again. So a
 photo that kills its worker each time has to be found out: an actor, `_Attempts`, counts how often each block of photos
-is begun. From the second time on it is done photo by photo, and a photo that was begun alone twice already is given up.
+is begun. From the second time on it is done photo by photo, and a photo that was begun alone twice already, and not
+ended, is given up. Those before it in its block were ended each time, however often they were begun.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 
 _BLOCK, _GPU_BLOCK = 16, 64
 """Photos that a worker takes at a time, at most: one with a GPU extracts many together."""
+
+_WINDOW = 200_000
+"""Photos that are handed to a cluster at a time: a row of each is in its object store, and one in this process."""
 
 _BLOCKS_EACH = 4
 """Blocks for each worker, at least: the last one to end is not long alone."""
@@ -84,11 +89,19 @@ class OnRay:
 
     def __call__(self, works: Iterable[Work], /) -> Outcomes:
         """See `Engine`. Raises ClusterError, ModelError where a worker has not this model, UsageError."""
-        left = {work.photo.image_id: work for work in works}
-        if not left:
+        rest = iter(works)
+        some = list(islice(rest, _WINDOW))
+        if not some:
             return
+        with self._connected():
+            while some:
+                yield from self._outcomes(some)
+                some = list(islice(rest, _WINDOW))
+
+    def _outcomes(self, works: Sequence[Work]) -> Outcomes:
+        left = {work.photo.image_id: work for work in works}
         failures = self._ray.data.exceptions
-        with self._connected(), closing(self._said(list(left.values()))) as answers:
+        with closing(self._said(works)) as answers:
             try:
                 for said in answers:
                     if isinstance(said.outcome, DelfMilvusError) and not isinstance(said.outcome, InputError):
@@ -180,15 +193,19 @@ class _Said:
 
 
 class _Attempts:
-    """Counts, in an actor of its own, how often something was begun."""
+    """Counts, in an actor of its own, how often something was begun and not ended."""
 
     def __init__(self) -> None:
         self._begun: Counter[str] = Counter()
 
     def begin(self, what: str) -> int:
-        """The number of this attempt, from 1."""
+        """The number of this attempt, from 1, among those that were not ended."""
         self._begun[what] += 1
         return self._begun[what]
+
+    def end(self, what: str) -> None:
+        """An attempt came to its end, whatever becomes of what it made."""
+        self._begun[what] -= 1
 
 
 class _Worker:
@@ -213,8 +230,11 @@ class _Worker:
             yield from self._done(works)
             return
         for work in works:
-            if self._begin(f"photo {work.photo.image_id}") <= _ALONE:
-                yield from self._done([work])
+            alone = f"photo {work.photo.image_id}"
+            if self._begin(alone) <= _ALONE:
+                yield from list(self._done([work]))
+                # Not waited for: it arrives before the next one is begun.
+                self._attempts.end.remote(alone)
             else:
                 yield _Said(
                     work.photo.image_id,

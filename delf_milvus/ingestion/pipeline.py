@@ -5,7 +5,8 @@ decoding and extracting are an engine's: `Here` is this process, `distributed` a
 `Here` of its own. What becomes of the outcomes, and every write, is decided in this process whichever engine it is.
 
 - At most `queue` decoded photos wait for the network (on a GPU: and 64 more) and at most two batches for the database:
-  memory does not grow with the folder, only with the size of its photos (three bytes a pixel).
+  memory does not grow with the folder, only with the size of its photos (three bytes a pixel). Where the server imports
+  files, a batch of new images is what makes one import, or comes in half a minute.
 - A photo with the stored content hash and the same model is not decoded at all.
 - A photo that fails is listed and stops nothing else. A database that fails stops the run: what was written stays.
 - Ctrl-C stops reading, writes what is extracted, and returns; running the same call again goes on from there.
@@ -45,6 +46,9 @@ SPARSE = 10
 """Features below which an image can hardly be verified: such images are stored, and said."""
 
 _BATCH = 16
+
+_GATHERED_SECONDS = 30.0
+"""That new images wait at most for others to be imported with."""
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -338,7 +342,7 @@ class _Run:
                 self.moved.append(outcome.record)
             return
         if outcome.features is not None:
-            self.writer.put(outcome.record, outcome.features)
+            self.writer.put(outcome.record, outcome.features, is_update=outcome.is_update)
             report.features += len(outcome.features)
             if len(outcome.features) < SPARSE:
                 report.sparse.append(outcome.record.image_id)
@@ -388,7 +392,7 @@ def prepared(
     """What to do about a file with this record: load it unless the same content is stored already.
 
     is_there: whether the file of a stored record exists. Raises InputError where the id is that of another file, and
-    what `load` raises.
+    what `is_there` and `load` raise.
     """
     if stored is None:
         return Prepared(record, load(), False)
@@ -405,16 +409,34 @@ def prepared(
 
 
 def _is_there(record: ImageRecord) -> bool:
-    return remote.exists(record.uri) if remote.is_address(record.root) else os.path.isfile(record.uri)
+    if not remote.is_address(record.root):
+        return os.path.isfile(record.uri)
+    try:
+        return remote.exists(record.uri)
+    except InputError as error:
+        reason = str(error).rstrip(".")
+        raise InputError(
+            f"Whether the stored photo of the id {record.image_id!r} is gone cannot be told ({reason}): "
+            "make it readable, give these photos an --id-prefix of their own, or delete the image."
+        ) from None
 
 
 class _Writer:
-    """Writes batches in a thread of its own; an error there surfaces at the next `put` and at the end."""
+    """Writes batches in a thread of its own; an error there surfaces at the next `put` and at the end.
+
+    Where the server imports files, new images are gathered until they are enough for an import; not for long, for a
+    kill loses what was gathered. Those that replace others are not, for they would not exist while an import lasts.
+    """
 
     def __init__(self, store: FeatureStore) -> None:
         self._store = store
-        self._queue: queue.Queue[list[tuple[ImageRecord, Features]] | None] = queue.Queue(maxsize=2)
+        self._enough = store.imports_from
+        self._queue: queue.Queue[list[tuple[ImageRecord, Features]] | None]
+        self._queue = queue.Queue(maxsize=2 if self._enough is None else 1)
         self._batch: list[tuple[ImageRecord, Features]] = []
+        self._gathered: list[tuple[ImageRecord, Features]] = []
+        self._rows = 0
+        self._since = 0.0
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
 
@@ -422,14 +444,32 @@ class _Writer:
         self._thread.start()
         return self
 
-    def put(self, record: ImageRecord, features: Features) -> None:
+    def put(self, record: ImageRecord, features: Features, *, is_update: bool) -> None:
         """Hand over one image; blocks while the database is behind."""
         if self._error is not None:
             raise self._error
-        self._batch.append((record, features))
-        if len(self._batch) >= _BATCH:
+        if self._enough is None or is_update:
+            self._batch.append((record, features))
+            if len(self._batch) >= _BATCH:
+                self._hand_over_batch()
+            return
+        now = time.monotonic()
+        if not self._gathered:
+            self._since = now
+        self._gathered.append((record, features))
+        self._rows += self._store.rows_of(len(features))
+        if self._rows >= self._enough or now - self._since >= _GATHERED_SECONDS:
+            self._hand_over_gathered()
+
+    def _hand_over_batch(self) -> None:
+        if self._batch:
             self._queue.put(self._batch)
             self._batch = []
+
+    def _hand_over_gathered(self) -> None:
+        if self._gathered:
+            self._queue.put(self._gathered)
+            self._gathered, self._rows = [], 0
 
     def _run(self) -> None:
         while (batch := self._queue.get()) is not None:
@@ -440,8 +480,8 @@ class _Writer:
                     self._error = error
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._batch:
-            self._queue.put(self._batch)
+        self._hand_over_batch()
+        self._hand_over_gathered()
         self._queue.put(None)
         self._thread.join()
         if self._error is not None and kind is None:

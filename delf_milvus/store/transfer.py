@@ -203,7 +203,8 @@ def import_collection(
     done = 0
     _tell(progress, done, manifest.images)
     dim = manifest.facts.fingerprint.dim
-    least = (_FILES_BYTES if store.imports_files else _BATCH_BYTES) // (4 * dim + 64)
+    as_files = store.imports_from is not None
+    least = (_FILES_BYTES if as_files else _BATCH_BYTES) // (4 * dim + 64)
     for batch in _batches(_read(folder, manifest, target.chunks, features=True), least):
         done += len(batch)
         wanted = {key: one for key, one in batch.items() if one.row["image_id"].startswith(prefix)}
@@ -217,9 +218,9 @@ def import_collection(
             store.restore(
                 {key: one.row for key, one in todo.items()},
                 {key: one.columns for key, one in todo.items()},
-                now=not store.imports_files,
+                now=not as_files,
             )
-        if store.imports_files:
+        if as_files:
             deferred.update(todo)
         _tell(progress, done, manifest.images)
     if deferred:

@@ -103,9 +103,13 @@ class StoreWriter(StoreReader):
             self._flush_often()
 
     @property
-    def imports_files(self) -> bool:
-        """Whether large writes go through the server's bulk import."""
-        return self._bulk.enabled
+    def imports_from(self) -> int | None:
+        """Feature rows of new images from which a write goes through the server's bulk import; None where none does."""
+        return self._settings.bulk_from if self._bulk.enabled else None
+
+    def rows_of(self, features: int) -> int:
+        """How many feature rows an image of so many features has, here or in the collection that is yet to be made."""
+        return (self._attach() or self._planned()).rows_of(features)
 
     def restore(self, image_rows: Mapping[int, Row], columns: Mapping[int, Columns], *, now: bool = True) -> None:
         """Store images as they are, by key: their rows, and the columns of their features in rising ordinals.

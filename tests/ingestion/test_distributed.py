@@ -22,11 +22,14 @@ import pytest
 import torch
 from conftest import make_photo, save_photo
 from deadly_storage import DeadlyFileSystem
+from file_imports import as_files, count_imports
+from milvus_server import Server
 from pymilvus import MilvusClient
 from stored_rows import rows
 
 from delf_milvus import DelfIndex, Settings
 from delf_milvus.errors import ClusterError, ModelError, UsageError
+from delf_milvus.ingestion import distributed
 from delf_milvus.ingestion.distributed import OnRay, _knock, _room, _Worker
 from delf_milvus.matcher import PhotoMatcher
 from delf_milvus.settings import RaySettings
@@ -96,10 +99,12 @@ def told(report: Any) -> dict[str, Any]:
 
 
 def test_killed_workers_change_nothing_and_a_photo_that_kills_them_is_given_up(
-    cluster: str, one_thread: None, photos: Path, tmp_path: Path, tiny_model: Path
+    cluster: str, one_thread: None, photos: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = f"deadly://{photos}"
-    save_photo(photos / "deadly.png", make_photo(92, 160, 120))
+    # Behind others in its block, which are done each time before it kills.
+    deadly = photos / "more" / "13" / "deadly.png"
+    save_photo(deadly, make_photo(92, 160, 120))
     settings = configured(tiny_model)
     client = MilvusClient(str(tmp_path / "both.db"))
     far = DelfIndex(client=client, collection="far", settings=on_ray(settings))
@@ -107,11 +112,11 @@ def test_killed_workers_change_nothing_and_a_photo_that_kills_them_is_given_up(
 
     progress: list[tuple[int, int]] = []
     report = far.ingest([base], progress=lambda one: progress.append((one.done, one.total)))
-    assert [failure.path for failure in report.failures] == [f"{base}/damaged.jpg", f"{base}/deadly.png"]
+    assert [failure.path for failure in report.failures] == [f"{base}/damaged.jpg", f"{base}/more/13/deadly.png"]
     assert "the worker that had it alone died, 2 times" in report.failures[1].error
     assert progress == [(done, COUNT + 3) for done in range(COUNT + 4)]
 
-    (photos / "deadly.png").unlink()
+    deadly.unlink()
     plain = here.ingest([base])
     assert plain.sparse == ["tiny.png"]
     assert told(report) | {"failed": 1, "failures": told(plain)["failures"]} == told(plain)
@@ -120,11 +125,40 @@ def test_killed_workers_change_nothing_and_a_photo_that_kills_them_is_given_up(
 
     save_photo(photos / "00.png", make_photo(70, 160, 120))
     (photos / "03.png").unlink()
-    # What is stored already is told apart in the worker too.
+    # What is stored already is told apart in the worker too, and photos are handed over in parts.
+    monkeypatch.setattr(distributed, "_WINDOW", 13)
     one = DelfIndex(client=client, collection="far", settings=on_ray(configured(tiny_model, actors=1)))
     again = [index.ingest([base], prune=True, dry_run=True) for index in (one, here)]
     assert (again[0].updated, again[0].unchanged, again[0].removed) == (1, COUNT - 1, 1)
     assert told(again[0]) == told(again[1])
+    client.close()
+
+
+@pytest.mark.server
+def test_what_workers_extract_is_imported_as_files_by_a_server(
+    cluster: str,
+    one_thread: None,
+    photos: Path,
+    milvus: Server,
+    name: str,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    imports = count_imports(monkeypatch)
+    settings = configured(tiny_model)
+    store = settings.store.model_copy(update=as_files(milvus, 400))
+    client = MilvusClient(milvus.uri)
+    far = DelfIndex(
+        client=client, collection=f"{name}_far", settings=on_ray(settings).model_copy(update={"store": store})
+    )
+    report = far.ingest([photos])
+    assert report.added == COUNT + 1
+    assert imports
+    assert min(imports) >= 400
+    here = DelfIndex(client=client, collection=f"{name}_here", settings=settings)
+    assert told(here.ingest([photos])) == told(report)
+    for suffix, key in (("_features", "feature_key"), ("_images", "image_key")):
+        assert rows(client, f"{name}_far{suffix}", key) == rows(client, f"{name}_here{suffix}", key)
     client.close()
 
 

@@ -15,7 +15,7 @@ from delf_milvus.planning.hardware import Hardware
 from delf_milvus.planning.model import Plan, PlanRequest, make_plan
 from delf_milvus.settings import Profile
 
-# README.md, Benchmarks, growth: photos of 1000 descriptors, 1000 of a query, Milvus 2.3.5, two cores, nothing beside it.
+# README.md, Benchmarks, growth: photos of 1000 descriptors, 1000 of a query, Milvus 2.3.5, two cores, nothing beside.
 # 1M and 10M are of one machine; the second 1M and 5M of another one, which builds an index in two thirds of the time.
 RECORDED = [
     (1_000_000, {"memory": 0.82e9, "search": 0.29, "build": 220.0, "compare": 0.29}),
