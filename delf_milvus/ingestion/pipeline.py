@@ -4,9 +4,9 @@ The files are photos here; `precomputed` feeds the same pipeline with features t
 decoding and extracting are an engine's: `Here` is this process, `distributed` a Ray cluster each of whose workers has a
 `Here` of its own. What becomes of the outcomes, and every write, is decided in this process whichever engine it is.
 
-- At most `queue` decoded photos wait for the network (on a GPU: and 64 more) and at most two batches for the database:
-  memory does not grow with the folder, only with the size of its photos (three bytes a pixel). Where the server imports
-  files, a batch of new images is what makes one import, or comes in half a minute.
+- At most `queue` decoded photos wait for the network (on a GPU: and 64 more) and at most three batches for the
+  database: memory does not grow with the folder, only with the size of its photos (three bytes a pixel). Where the
+  server imports files, a batch of new images is what makes one import, or comes in half a minute.
 - A photo with the stored content hash and the same model is not decoded at all.
 - A photo that fails is listed and stops nothing else. A database that fails stops the run: what was written stays.
 - Ctrl-C stops reading, writes what is extracted, and returns; running the same call again goes on from there.
@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 SPARSE = 10
 """Features below which an image can hardly be verified: such images are stored, and said."""
 
-_BATCH = 16
+_BATCH, _BEHIND = 16, 256
+"""Images of a write, at least, and at most while the database is behind."""
 
 _GATHERED_SECONDS = 30.0
 """That new images wait at most for others to be imported with."""
@@ -424,8 +425,9 @@ def _is_there(record: ImageRecord) -> bool:
 class _Writer:
     """Writes batches in a thread of its own; an error there surfaces at the next `put` and at the end.
 
-    Where the server imports files, new images are gathered until they are enough for an import; not for long, for a
-    kill loses what was gathered. Those that replace others are not, for they would not exist while an import lasts.
+    A batch of new images grows while the database is behind, since many together take less. Where the server imports
+    files, they are gathered until they are enough for an import; not for long, for a kill loses what was gathered.
+    Those that replace others are written a few at a time, for they do not exist meanwhile.
     """
 
     def __init__(self, store: FeatureStore) -> None:
@@ -433,8 +435,8 @@ class _Writer:
         self._enough = store.imports_from
         self._queue: queue.Queue[list[tuple[ImageRecord, Features]] | None]
         self._queue = queue.Queue(maxsize=2 if self._enough is None else 1)
-        self._batch: list[tuple[ImageRecord, Features]] = []
-        self._gathered: list[tuple[ImageRecord, Features]] = []
+        self._new: list[tuple[ImageRecord, Features]] = []
+        self._changed: list[tuple[ImageRecord, Features]] = []
         self._rows = 0
         self._since = 0.0
         self._error: BaseException | None = None
@@ -445,31 +447,35 @@ class _Writer:
         return self
 
     def put(self, record: ImageRecord, features: Features, *, is_update: bool) -> None:
-        """Hand over one image; blocks while the database is behind."""
+        """Hand over one image; blocks while the database is far behind."""
         if self._error is not None:
             raise self._error
-        if self._enough is None or is_update:
-            self._batch.append((record, features))
-            if len(self._batch) >= _BATCH:
-                self._hand_over_batch()
+        if is_update:
+            self._changed.append((record, features))
+            if len(self._changed) >= _BATCH:
+                self._hand_over_changed()
             return
-        now = time.monotonic()
-        if not self._gathered:
-            self._since = now
-        self._gathered.append((record, features))
+        if not self._new:
+            self._since = time.monotonic()
+        self._new.append((record, features))
         self._rows += self._store.rows_of(len(features))
-        if self._rows >= self._enough or now - self._since >= _GATHERED_SECONDS:
-            self._hand_over_gathered()
+        if self._is_enough():
+            self._hand_over_new()
 
-    def _hand_over_batch(self) -> None:
-        if self._batch:
-            self._queue.put(self._batch)
-            self._batch = []
+    def _is_enough(self) -> bool:
+        if self._enough is not None:
+            return self._rows >= self._enough or time.monotonic() - self._since >= _GATHERED_SECONDS
+        return len(self._new) >= (_BEHIND if self._queue.full() else _BATCH)
 
-    def _hand_over_gathered(self) -> None:
-        if self._gathered:
-            self._queue.put(self._gathered)
-            self._gathered, self._rows = [], 0
+    def _hand_over_new(self) -> None:
+        if self._new:
+            self._queue.put(self._new)
+            self._new, self._rows = [], 0
+
+    def _hand_over_changed(self) -> None:
+        if self._changed:
+            self._queue.put(self._changed)
+            self._changed = []
 
     def _run(self) -> None:
         while (batch := self._queue.get()) is not None:
@@ -480,8 +486,8 @@ class _Writer:
                     self._error = error
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._hand_over_batch()
-        self._hand_over_gathered()
+        self._hand_over_changed()
+        self._hand_over_new()
         self._queue.put(None)
         self._thread.join()
         if self._error is not None and kind is None:

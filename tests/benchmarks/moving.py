@@ -3,6 +3,7 @@
     python tests/benchmarks/moving.py --images 1000
     python tests/benchmarks/moving.py --uri http://localhost:19530 --storage /mnt/milvus --path /var/lib/milvus/shared
 
+"ingest" is the pipeline of `ingest` with features that are ready at once: by messages, 16 images a write, and as files.
 Without --uri the test suite's own server is started. "raw" is pymilvus with the same feature arrays and nothing else,
 up to where every row can be found; "ours" is `FeatureStore.write`, which also packs and writes the images' rows. Ratios
 count: the machine that runs this runs the server too.
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ from milvus_server import WheelServer
 from store_samples import random_features
 
 from delf_milvus.features import Features, Fingerprint
-from delf_milvus.settings import StoreSettings
+from delf_milvus.ingestion.pipeline import Outcome, Outcomes, Work, ingest_files
+from delf_milvus.ingestion.scan import Photo, Scan
+from delf_milvus.settings import Settings, StoreSettings
 from delf_milvus.store import records
 from delf_milvus.store.columns import Columns, joined, length
 from delf_milvus.store.feature_store import FeatureStore
@@ -45,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000, help="of 1000 features each")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--parts", nargs="+", default=["bulk", "upserts", "backup"])
+    parser.add_argument("--parts", nargs="+", default=["bulk", "upserts", "ingest", "backup"])
     parser.add_argument("--uri")
     parser.add_argument("--storage", help="folder that this machine and the server share")
     parser.add_argument("--path", default="", help="how the server calls it")
@@ -139,6 +142,23 @@ def measure(uri: str, storage: str, path: str, items: Items, columns: Columns, w
 
         return run
 
+    def ingest(bulk: bool) -> Callable[[str], float]:
+        features = {record.image_id: one for record, one in items}
+        photos = [Photo(Path(name), name, Path("i")) for name in features]
+
+        def engine(works: Iterable[Work]) -> Outcomes:
+            for one in works:
+                yield one.photo, Outcome(one.described("ab" * 32), features[one.photo.image_id], False, False)
+
+        def run(collection: str) -> float:
+            with store(collection, bulk) as opened:
+                opened._created()
+                report = ingest_files(Scan(photos, [], []), opened, engine, Settings())
+                assert (opened.count_images(), opened.count_features()) == (len(items), rows)
+            return report.seconds
+
+        return run
+
     folder = work / uuid.uuid4().hex
 
     def backup(collection: str) -> float:
@@ -165,6 +185,9 @@ def measure(uri: str, storage: str, path: str, items: Items, columns: Columns, w
     if "upserts" in parts:
         raw = timed("upserts, raw row dictionaries", raw_upsert)
         timed("upserts, ours", ours(bulk=False), raw)
+    if "ingest" in parts:
+        messages = timed("ingest, messages", ingest(bulk=False))
+        timed("ingest, files", ingest(bulk=True), messages)
     if "backup" in parts:
         timed("export", backup)
         timed("import, bulk", restore(bulk=True))

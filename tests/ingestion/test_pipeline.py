@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_photo, save_photo
 
 from delf_milvus import DelfIndex, Settings
 from delf_milvus.errors import DatabaseError, InputError, UsageError
-from delf_milvus.ingestion.pipeline import Progress
+from delf_milvus.ingestion.pipeline import Outcome, Outcomes, Progress, Work, ingest_files
+from delf_milvus.ingestion.scan import Photo, Scan
+from delf_milvus.store.feature_store import FeatureStore
+from delf_milvus.store.keys import image_key
 
 FAST = Settings(extract={"preset": "fast"})  # type: ignore[arg-type]
 
@@ -194,3 +199,37 @@ def test_a_database_that_fails_stops_the_run(tmp_path: Path, photos: Path) -> No
     index.close()
     with pytest.raises(DatabaseError):
         index.ingest([photos])
+
+
+def test_batches_of_new_images_grow_while_the_database_is_behind_and_those_of_changed_ones_do_not(
+    index: DelfIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.add(make_photo(0, 160, 120), "0")  # so that the collection exists
+    _, stored = index.store.stored([image_key("0", "")]).popitem()
+    features = stored[1].top(5)
+    photos = [Photo(Path(f"{number}.png"), str(number), tmp_path) for number in range(1, 401)]
+    sizes: list[int] = []
+    let_go = threading.Event()
+    write = FeatureStore.write
+
+    def slow(self: FeatureStore, items: Any) -> None:
+        sizes.append(len(items))
+        let_go.wait(60)
+        write(self, items)
+
+    def engine(works: Iterable[Work]) -> Outcomes:
+        for number, work in enumerate(works, start=1):
+            if number == 280:
+                let_go.set()
+            yield work.photo, Outcome(work.described("ab" * 32), features, work.stored is not None, False)
+
+    monkeypatch.setattr(FeatureStore, "write", slow)
+    scanned = Scan(photos, [], [tmp_path])
+    assert ingest_files(scanned, index.store, engine, FAST).added == 400
+    assert sizes[0] == 16
+    assert 100 < max(sizes) <= 256
+    assert sum(sizes) == 400
+    assert index.store.count_images() == 401
+    sizes.clear()
+    assert ingest_files(scanned, index.store, engine, FAST).updated == 400
+    assert sizes == [16] * 25
