@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--selection", default="model", choices=("model", "attention", "norm"))
     parser.add_argument("--preset", default="standard", choices=("fast", "standard", "paper"))
+    parser.add_argument("--stored", type=int, help="features of a stored photo; default: the preset's")
     parser.add_argument("--cache", type=Path, default=Path("runs/judge"))
     parser.add_argument("--quick", action="store_true", help="every fifth query only")
     parser.add_argument("--alone", action="store_true", help="UKBench without distractors only")
@@ -260,7 +261,8 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="JSON file for the figures of every query")
     parser.add_argument("--against", type=Path, help="such a file of another run, to compare with")
     options = parser.parse_args()
-    settings = Settings(extract={"preset": options.preset, "selection": options.selection})
+    extract = {"preset": options.preset, "selection": options.selection, "stored_features": options.stored}
+    settings = Settings(extract=extract)
     extractor = Extractor(options.model, settings.extract)
     names = ["ukbench"] if options.alone else [name for name in SETS if name not in options.without]
     sets = {name: load_set(name, options.data, extractor, options.cache) for name in names}
