@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--selection", default="model", choices=("model", "attention", "norm"))
     parser.add_argument("--preset", default="standard", choices=("fast", "standard", "paper"))
     parser.add_argument("--stored", type=int, help="features of a stored photo; default: the preset's")
+    parser.add_argument("--global-weight", type=float, default=0.25, help="as search.global_weight")
     parser.add_argument("--cache", type=Path, default=Path("runs/judge"))
     parser.add_argument("--quick", action="store_true", help="every fifth query only")
     parser.add_argument("--alone", action="store_true", help="UKBench without distractors only")
@@ -262,7 +263,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="such a file of another run, to compare with")
     options = parser.parse_args()
     extract = {"preset": options.preset, "selection": options.selection, "stored_features": options.stored}
-    settings = Settings(extract=extract)
+    settings = Settings(extract=extract, search={"global_weight": options.global_weight})
     extractor = Extractor(options.model, settings.extract)
     names = ["ukbench"] if options.alone else [name for name in SETS if name not in options.without]
     sets = {name: load_set(name, options.data, extractor, options.cache) for name in names}
