@@ -69,7 +69,7 @@ def test_an_ingest_gathers_new_photos_for_imports_and_stores_what_messages_would
         assert max(imported) < 2 * ENOUGH
         stored = files.store.count_features()
         assert sum(imported) > stored - ENOUGH
-        assert len(written) == stored // min(imported) + 1 or len(written) == len(imported)
+        assert len(written) == len(imported) + (sum(imported) < stored)
         assert files.search(photos / "07.png").hits[0].image_id == "07.png"
 
         with opened(milvus, f"{name}_messages", tiny_model, **common) as messages:
