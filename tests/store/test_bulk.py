@@ -9,7 +9,6 @@ import sys
 import textwrap
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from file_imports import new_storage
 from milvus_server import Server
 from store_samples import MODEL, random_features, random_items
 from test_transfer import answers, varied_items
@@ -34,10 +34,7 @@ Opener = Callable[..., FeatureStore]
 
 @pytest.fixture
 def storage(milvus: Server) -> Path:
-    """A folder that the server reads files from."""
-    folder = milvus.storage / f"stage-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    return folder
+    return new_storage(milvus)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""Imports of files by a server, in tests of ingest."""
+"""Imports of files by a server."""
 
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,16 @@ from milvus_server import Server
 from delf_milvus.store import bulk
 
 
+def new_storage(milvus: Server) -> Path:
+    """A folder that the server reads files from."""
+    folder = milvus.storage / f"stage-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    return folder
+
+
 def as_files(milvus: Server, enough: int) -> dict[str, Any]:
     """Settings of a store from which so many new rows go as files."""
-    storage = milvus.storage / f"stage-{uuid.uuid4().hex[:8]}"
-    storage.mkdir()
-    return {"bulk_storage": str(storage), "bulk_from": enough}
+    return {"bulk_storage": str(new_storage(milvus)), "bulk_from": enough}
 
 
 def count_imports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
