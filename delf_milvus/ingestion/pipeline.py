@@ -432,7 +432,7 @@ class _Writer:
 
     def __init__(self, store: FeatureStore) -> None:
         self._store = store
-        self._enough = store.imports_from
+        self._enough = store.imports_from()
         self._queue: queue.Queue[list[tuple[ImageRecord, Features]] | None]
         self._queue = queue.Queue(maxsize=2 if self._enough is None else 1)
         self._new: list[tuple[ImageRecord, Features]] = []

@@ -4,7 +4,8 @@
   `<collection>_bench`, which is dropped whatever happens, and with Milvus Lite to a database of its own in a folder
   beside the user's. What a crash left is replaced; a collection of that name of somebody else is left alone.
 - Rows are written, indexed and searched at two sizes; a search is measured with two numbers of visited lists. The
-  last of these measurements is held out of the fit, and how far the fit is from it is told.
+  last of these measurements is held out of the fit, and how far the fit is from it is told. On a server that is done
+  twice, before and after its segments are merged, which tells what a segment takes.
 - What cannot be seen, the memory of a server on another machine for instance, is said to be not measured.
 """
 
@@ -67,10 +68,12 @@ _IMAGES_AT_ONCE = 20
 
 
 class _Searched(NamedTuple):
-    """One measurement of searches: the codes that each query descriptor met, and the seconds for it (median)."""
+    """One measurement of searches: the codes and the segments that each query descriptor met, and the seconds for it
+    (median)."""
 
     codes: float
     seconds: float
+    segments: int
 
 
 @dataclass(frozen=True)
@@ -223,17 +226,19 @@ def _measure_store(
     store = opened()
     seconds = 60 * config.minutes * _WRITING
     whole = max(config.rows, 2 * LEAST_ROWS) // FEATURES
+    lite = database.backend == "lite"
     first, _ = _write(store, 0, max(whole // 4, LEAST_ROWS // FEATURES), seconds / 4, notes)
-    builds = [_build(store, database)]
+    unmerged = [] if lite else _merge(opened, store)
+    builds = [_build(store, lite)]
     searches = _search(opened, store)
     # At least as many again, so that there are two sizes.
     last, rate = _write(store, first, whole, seconds, notes)
     rows = FEATURES * last
-    lite = database.backend == "lite"
     notes.take("lite_write_rows_per_second" if lite else "write_rows_per_second", rate, f"{rows} rows")
-    builds.append(_build(store, database))
+    unmerged += [] if lite else _merge(opened, store)
+    builds.append(_build(store, lite))
     searches += _search(opened, store)
-    _fit_search(searches, rows, lite, notes)
+    _fit_search(searches, unmerged, rows, lite, notes)
     _fit_build(builds, lite, notes)
     after = resident_bytes(pid) if seen else None
     if before is not None and after is not None:
@@ -281,14 +286,19 @@ class _Built(NamedTuple):
     seconds: float
 
 
-def _build(store: FeatureStore, database: Connection) -> _Built:
-    """The index whose times a plan knows, loading included."""
-    profile: Profile = "IVF_SQ8"
-    if database.backend == "server":
-        # The first time the server merges what was written in parts, and indexes again what it merges, which a plan
-        # counts apart; searches would be measured beside it.
-        profile = "IVF_PQ"
-        store.build_index(profile)
+def _merge(opened: Opened, store: FeatureStore) -> list[_Searched]:
+    """Index what was written and merge it, which a server would begin by itself while something else is measured;
+    searches before that."""
+    store.build_index("IVF_PQ")
+    found = _search(opened, store)
+    store.compact()
+    return found
+
+
+def _build(store: FeatureStore, lite: bool) -> _Built:
+    """The index whose times a plan knows, loading included; merging and indexing again a plan counts apart."""
+    profile: Profile = "IVF_SQ8" if lite else "IVF_PQ"
+    if not lite:
         store.drop_index()
     started = time.perf_counter()
     store.build_index(profile)
@@ -312,17 +322,30 @@ def _search(opened: Opened, store: FeatureStore) -> list[_Searched]:
             searching.neighbours(wanted, _NEIGHBOURS)
             seconds.append(time.perf_counter() - started)
         # The first one loads what is not in memory yet.
-        found.append(_Searched(status.total_rows * visited / lists, float(np.median(seconds[1:])) / ASKED))
+        each = float(np.median(seconds[1:])) / ASKED
+        found.append(_Searched(status.total_rows * visited / lists, each, status.segments))
     return found
 
 
-def _fit_search(searches: list[_Searched], rows: int, lite: bool, notes: _Notes) -> None:
+def _segment_seconds(searches: list[_Searched], unmerged: list[_Searched]) -> float | None:
+    """Seconds that a query descriptor takes more with each segment, for the same codes; None where that is not seen."""
+    found = [
+        (before.seconds - after.seconds) / (before.segments - after.segments)
+        for before, after in zip(unmerged, searches, strict=True)
+        if before.segments > after.segments > 0
+    ]
+    return float(np.median(found)) if found and np.median(found) > 0 else None
+
+
+def _fit_search(searches: list[_Searched], unmerged: list[_Searched], rows: int, lite: bool, notes: _Notes) -> None:
     *fitted, held_out = searches
-    codes, seconds = np.array(fitted).T
-    slope, fixed = np.polyfit(codes, seconds, 1).tolist()
-    told = fixed + slope * held_out.codes
+    segment = None if lite else _segment_seconds(searches, unmerged)
+    of_segments = segment or 0.0
+    codes, seconds, segments = np.array(fitted).T
+    slope, fixed = np.polyfit(codes, seconds - of_segments * segments, 1).tolist()
+    told = fixed + slope * held_out.codes + of_segments * held_out.segments
     # Noise is larger than what so few codes take: such a fit would say anything of a large collection.
-    if slope <= 0 or fixed <= 0 or not 1 / _FARTHEST <= told / held_out.seconds <= _FARTHEST:
+    if slope <= 0 or fixed + of_segments <= 0 or not 1 / _FARTHEST <= told / held_out.seconds <= _FARTHEST:
         measured = ", ".join(f"{1e3 * ASKED * one.seconds:.0f} ms for {one.codes:.0f} codes" for one in searches)
         notes.lack(f"search: {measured} do not tell how it grows; give more --minutes and --rows")
         return
@@ -331,9 +354,17 @@ def _fit_search(searches: list[_Searched], rows: int, lite: bool, notes: _Notes)
         notes.take("lite_code_seconds", slope, how)
         notes.take("lite_neighbour_seconds", fixed / _NEIGHBOURS, how)
     else:
-        notes.take("search_code_seconds", slope * _cores(), f"{how}, {_cores()} cores")
-        notes.take("search_fixed_seconds", fixed, how)
-        notes.take("search_fixed_core_seconds", fixed * _cores(), f"{how}, {_cores()} cores")
+        cores = _cores()
+        if segment is None:
+            how += ", a segment against neighbours as by default"
+            of_one = DEFAULTS["search_segment_seconds"].value
+            segment = fixed * of_one / (of_one + _NEIGHBOURS * DEFAULTS["search_neighbour_core_seconds"].value)
+            fixed -= segment
+        neighbour = max(fixed, 0.0) / _NEIGHBOURS
+        notes.take("search_code_seconds", slope * cores, f"{how}, {cores} cores")
+        notes.take("search_segment_seconds", segment * cores, f"{how}, {cores} cores")
+        notes.take("search_neighbour_seconds", neighbour, how)
+        notes.take("search_neighbour_core_seconds", neighbour * cores, f"{how}, {cores} cores")
     notes.hold_out(f"search of {rows} rows, nprobe {_PROBES[-1]}", ASKED * told, ASKED * held_out.seconds)
 
 

@@ -24,7 +24,7 @@ from delf_milvus.errors import InputError, UsageError, one_line
 FORMAT = "delf-milvus coefficients"
 
 _GROWTH = "measured by the project on 2 cores, Milvus 2.3.5: README.md, Benchmarks, growth"
-_PROBES = "measured by the project on 2 cores, Milvus 2.3.5: 1M rows, nprobe 16 and 64 (0.22 s, 0.47 s)"
+_MERGED = "measured by the project on 2 cores, 2026-11-28, Milvus 2.3.5: 1M rows in 3 segments, and in one"
 _WRITES = "measured by the project on 2 cores, Milvus 2.3.5: README.md, Benchmarks, tests/benchmarks/moving.py"
 _ROUNDS = "assumed by the project: segments are indexed as written, and again when merged"
 _LITE = "measured by the project on 2 cores, Milvus Lite 3.2: 1M rows, nprobe 16 and 64 (2.3 s, 2.6 s; 1.45 GB)"
@@ -64,10 +64,12 @@ DEFAULTS: dict[str, Coefficient] = {
     "proxy_memory_bytes": Coefficient(4 * 2**30, "bytes a proxy", _WORKED_OUT),
     "coordinator_memory_bytes": Coefficient(4 * 2**30, "bytes", _WORKED_OUT),
     "streaming_memory_bytes": Coefficient(8 * 2**30, "bytes a streaming node", _WORKED_OUT),
-    # Fitted to nprobe 16 and 64 at 1M rows; the growth is held out.
-    "search_fixed_seconds": Coefficient(0.143e-3, "seconds a query descriptor, of any size", _PROBES),
-    "search_fixed_core_seconds": Coefficient(2 * 0.143e-3, "core seconds a query descriptor, of any size", _PROBES),
-    "search_code_seconds": Coefficient(10.4e-9, "core seconds a code of IVF_PQ that is visited", _PROBES),
+    # A segment: the same rows before and after their segments were merged. The others are fitted to the growth at
+    # 100,000 and 10M with 120 neighbours, given that; 1M and 5M are held out.
+    "search_neighbour_seconds": Coefficient(0.28e-6, "seconds a neighbour that is returned", _GROWTH),
+    "search_neighbour_core_seconds": Coefficient(0.56e-6, "core seconds a neighbour that is returned", _GROWTH),
+    "search_segment_seconds": Coefficient(100e-6, "core seconds a query descriptor and segment", _MERGED),
+    "search_code_seconds": Coefficient(8.9e-9, "core seconds a code of IVF_PQ that is visited", _GROWTH),
     # Fitted to all, so that the largest of the relative errors is the least: the two machines differ by 1.7x.
     "build_base_seconds": Coefficient(57, "seconds", _GROWTH),
     "build_list_seconds": Coefficient(187e-9, "core seconds a row and list of IVF_PQ", _GROWTH),
@@ -93,8 +95,9 @@ DEFAULTS: dict[str, Coefficient] = {
 }
 
 _OF_SEARCHES = {
-    "search_fixed_seconds",
-    "search_fixed_core_seconds",
+    "search_neighbour_seconds",
+    "search_neighbour_core_seconds",
+    "search_segment_seconds",
     "search_code_seconds",
     "lite_neighbour_seconds",
     "lite_code_seconds",

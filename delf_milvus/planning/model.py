@@ -6,8 +6,8 @@ The model, for N rows (images x indexed features) in S segments, each with an in
 
 - memory of query nodes: code, its number and primary key for each row, the centres of each segment; the other fields
   lie on disk (mmap, as in deploy/helm/values.yaml). A standalone server and Milvus Lite keep them in memory.
-- a search compares each query descriptor with N x nprobe / L codes, however many segments there are; the fixed part
-  does not shrink with more machines.
+- a search compares each query descriptor with N x nprobe / L codes, however many segments there are; each segment takes
+  its part beside that, and so does each neighbour that is returned, which does not shrink with more machines.
 - building compares each row with the L centres of its segment, twice where segments are merged.
 """
 
@@ -202,24 +202,28 @@ class _Sizes:
         return self.index.index_type == SEARCHED["server"]
 
     @property
-    def fixed_seconds(self) -> float:
-        """Of a search, whatever there is to search."""
-        return self.request.query_features * self._of["search_fixed_seconds"]
+    def returned(self) -> int:
+        """Neighbours that a search returns."""
+        return self.request.query_features * self.request.neighbours
 
     @property
-    def code_core_seconds(self) -> float:
-        """Of a search, for comparing codes."""
-        return self.request.query_features * self.codes * self._of["search_code_seconds"]
+    def shared_core_seconds(self) -> float:
+        """Of a search, for what its cores share: the segments, and the codes in them."""
+        each = self.segments * self._of["search_segment_seconds"] + self.codes * self._of["search_code_seconds"]
+        return self.request.query_features * each
 
     @property
     def search_core_seconds(self) -> float | None:
         """Of one search, all of the server's."""
-        fixed = self.request.query_features * self._of["search_fixed_core_seconds"]
-        return fixed + self.code_core_seconds if self.timed else None
+        if not self.timed:
+            return None
+        return self.returned * self._of["search_neighbour_core_seconds"] + self.shared_core_seconds
 
     def search_seconds(self, cores: float) -> float | None:
         """Of one search that so many cores share."""
-        return self.fixed_seconds + self.code_core_seconds / cores if self.timed else None
+        if not self.timed:
+            return None
+        return self.returned * self._of["search_neighbour_seconds"] + self.shared_core_seconds / cores
 
     def build_seconds(self, cores: float) -> float | None:
         """Of building the index of all segments."""

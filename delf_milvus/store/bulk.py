@@ -18,6 +18,7 @@ What an import is not: it replaces nothing. A row whose key is there already is 
 from __future__ import annotations
 
 import logging
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -68,6 +69,13 @@ class BulkImport:
         """Whether this backend and these settings allow imports."""
         return self._db.backend == "server" and self._db.plain and bool(self._settings.bulk_storage)
 
+    def open_storage(self) -> None:
+        """See, once, that the storage of imports can be used, if they are allowed. Raises UsageError."""
+        if self.enabled and self._storage is None:
+            storage = _Storage(self._settings)
+            storage.listed()
+            self._storage = storage
+
     def recover(self) -> None:
         """Wait, once, for imports that a killed writer may have left to the server, and load what they brought.
 
@@ -93,8 +101,8 @@ class BulkImport:
                 time.sleep(_POLL_SECONDS)
         if tasks and self._unloaded():
             self._refresh()
-        if self.enabled:
-            self._storage = _Storage(self._settings)
+        self.open_storage()
+        if self._storage is not None:
             self._storage.tidy(self._prefix)
         self._recovered = True
 
@@ -275,18 +283,24 @@ class _Storage:
         except Exception as error:
             log.info("%s stays: %s", folder, error)
 
-    def tidy(self, prefix: str) -> None:
-        """Remove what killed writers left long ago. Raises UsageError where the storage cannot be read."""
+    def listed(self) -> list[str]:
+        """Paths of what is in it. Raises UsageError for a storage that cannot be used."""
         try:
             if self._local and not self._files.isdir(self._root):
                 raise NotADirectoryError("there is no such folder")
+            if self._local and not os.access(self._root, os.W_OK | os.X_OK):
+                raise PermissionError("it cannot be written")
             self._files.invalidate_cache()
-            found = (
-                []
-                if not self._files.exists(self._root)
-                else [path.rstrip("/") for path in self._files.ls(self._root, detail=False)]
-            )
-            ours = [path for path in found if path.rpartition("/")[2].startswith(prefix)]
+            if not self._files.exists(self._root):
+                return []
+            return [path.rstrip("/") for path in self._files.ls(self._root, detail=False)]
+        except Exception as error:
+            raise self._unusable(error) from None
+
+    def tidy(self, prefix: str) -> None:
+        """Remove what killed writers left long ago. Raises UsageError for a storage that cannot be used."""
+        ours = [path for path in self.listed() if path.rpartition("/")[2].startswith(prefix)]
+        try:
             for path in ours:
                 newest = max((self._files.modified(file) for file in self._files.find(path)), default=None)
                 if newest is None or datetime.now(timezone.utc) - newest.astimezone(timezone.utc) > _ABANDONED:

@@ -269,11 +269,11 @@ class FeatureStore(StoreWriter):
         return report
 
     def compact(self, progress: Callable[[str], None] | None = None) -> upkeep.CompactionReport:
-        """Merge small segments and drop deleted rows: see `upkeep.compact`. Raises DatabaseError."""
+        """Merge small segments, drop deleted rows, index what is left: see `upkeep.compact`. Raises DatabaseError."""
         with self._db.write_lock:
             if self._attach() is None:
                 raise CollectionError(absent_sentence(self._collection, self._db.where))
-            return upkeep.compact(self._db, (self._features, self._images), progress)
+            return upkeep.compact(self._db, self._indexing, (self._features, self._images), progress)
 
 
 def _check_name(collection: str) -> None:

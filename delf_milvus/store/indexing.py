@@ -44,6 +44,9 @@ _BUILD_PARAMS = ("nlist", "m", "nbits", "M", "efConstruction")
 _FLAT = IndexProfile("FLAT", "FLAT")
 _POLL_SECONDS = 0.5
 
+_HANDOVER_SECONDS = 60.0
+"""Patience with a server that is to search merged segments; it takes some ten seconds."""
+
 _TRAINED = 39
 """Rows for each list that faiss wants to see in training."""
 
@@ -280,6 +283,29 @@ class Indexing:
     def put(self, profile: IndexProfile, rows: int) -> None:
         """Give the features this index, flushed and loaded."""
         self._replace(self.described(self._features), profile, rows, _unwatched)
+
+    def settle(self, name: str, progress: Watcher = _unwatched) -> None:
+        """Wait until what a server has merged is in the index, and is what is searched if the collection is loaded.
+
+        Until then it is not searched itself, but building its index takes the processors from searches where both
+        share a machine. Raises DatabaseError.
+        """
+        if self._db.backend == "lite" or self.described(name) == NO_INDEX:
+            return
+        self._wait(name, "building the index of merged segments", progress)
+        give_up = time.monotonic() + _HANDOVER_SECONDS
+        while self._is_handing_over(name) and time.monotonic() < give_up:
+            time.sleep(_POLL_SECONDS)
+
+    def _is_handing_over(self, name: str) -> bool:
+        """Whether other segments are loaded than those that are kept."""
+        # Not every server has these calls.
+        with suppress(DatabaseError), self._db.asking("listing segments"):
+            kept = self._client.list_persistent_segments(name, timeout=self._settings.timeout)
+            loaded = self._client.list_loaded_segments(name, timeout=self._settings.timeout)
+            sealed = {one.segment_id for one in loaded if one.state.name == "Sealed"}
+            return bool(sealed) and not sealed <= {one.segment_id for one in kept}
+        return False
 
     def drop(self) -> bool:
         """Release the features and drop their index; whether there was one."""

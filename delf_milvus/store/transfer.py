@@ -195,6 +195,7 @@ def import_collection(
     started = time.monotonic()
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
+    as_files = store.imports_from() is not None
     store.prepare(manifest.facts)
     target = store.facts
     assert target is not None, "prepare creates it"
@@ -203,7 +204,6 @@ def import_collection(
     done = 0
     _tell(progress, done, manifest.images)
     dim = manifest.facts.fingerprint.dim
-    as_files = store.imports_from is not None
     least = (_FILES_BYTES if as_files else _BATCH_BYTES) // (4 * dim + 64)
     for batch in _batches(_read(folder, manifest, target.chunks, features=True), least):
         done += len(batch)

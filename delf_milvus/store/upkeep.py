@@ -1,4 +1,4 @@
-"""Compaction: small segments merged, deleted rows dropped."""
+"""Compaction: small segments merged, deleted rows dropped, and the index of what is left."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from delf_milvus.errors import DatabaseError
 from delf_milvus.store.connection import Connection
+from delf_milvus.store.indexing import Indexing
 
 _POLL_SECONDS = 0.5
 _COMPACTION_SECONDS = 6 * 3600.0
@@ -30,14 +31,19 @@ class CompactionReport:
 
 
 def compact(
-    database: Connection, collections: Sequence[str], progress: Callable[[str], None] | None = None
+    database: Connection, indexing: Indexing, collections: Sequence[str], progress: Callable[[str], None] | None = None
 ) -> CompactionReport:
-    """Merge small segments and drop deleted rows, and wait until that is done. Raises DatabaseError.
+    """Merge small segments and drop deleted rows, and wait until what was merged is indexed. Raises DatabaseError.
 
     Milvus Lite does so by itself after each flush, so there the collections are flushed.
     """
     started = time.monotonic()
     client = database.client
+
+    def tell(doing: str) -> None:
+        if progress is not None:
+            progress(f"{doing}: {time.monotonic() - started:.0f} s")
+
     for name in collections:
         # Only what is flushed can be compacted.
         with database.building(), database.asking("flushing"):
@@ -52,11 +58,12 @@ def compact(
         if job < 0:
             continue
         while database.call("compacting", client.get_compaction_state, job) != "Completed":
-            if progress is not None:
-                progress(f"compacting {name}: {time.monotonic() - started:.0f} s")
+            tell(f"compacting {name}")
             if time.monotonic() - started > _COMPACTION_SECONDS:
                 raise DatabaseError(f"The compaction of {name} at {database.where} goes on: look again later.")
             time.sleep(_POLL_SECONDS)
+    for name in collections:
+        indexing.settle(name, lambda _: tell("indexing what was merged"))
     after = _segments(database, collections)
     told = "" if before is None or after is None else f": {before} segments before, {after} now"
     return CompactionReport(before, after, time.monotonic() - started, f"Compacted{told}.")

@@ -102,9 +102,12 @@ class StoreWriter(StoreReader):
             self._notes.remove(complete)
             self._flush_often()
 
-    @property
     def imports_from(self) -> int | None:
-        """Feature rows of new images from which a write goes through the server's bulk import; None where none does."""
+        """Feature rows of new images from which a write goes through the server's bulk import; None where none does.
+
+        Raises UsageError for a storage of imports that cannot be used, before anything is made for it.
+        """
+        self._bulk.open_storage()
         return self._settings.bulk_from if self._bulk.enabled else None
 
     def rows_of(self, features: int) -> int:

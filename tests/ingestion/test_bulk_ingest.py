@@ -13,7 +13,9 @@ from pymilvus import MilvusClient
 from stored_rows import rows
 
 from delf_milvus import DelfIndex, Settings
+from delf_milvus.errors import UsageError
 from delf_milvus.ingestion import pipeline
+from delf_milvus.model.extractor import Extractor
 from delf_milvus.store.feature_store import FeatureStore
 
 PHOTOS = 24
@@ -46,6 +48,28 @@ def photos(tmp_path: Path) -> Path:
 def opened(milvus: Server, name: str, model: Path, **store: Any) -> DelfIndex:
     given: dict[str, Any] = {"model": str(model), "extract": {"preset": "fast"}, "store": store}
     return DelfIndex.open(milvus.uri, collection=name, settings=Settings(**given))
+
+
+@pytest.mark.server
+def test_a_storage_of_imports_that_cannot_be_used_is_told_before_any_photo_is_extracted(
+    milvus: Server, name: str, photos: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extracted: list[Any] = []
+    extract = Extractor.extract
+    monkeypatch.setattr(
+        Extractor,
+        "extract",
+        lambda self, *given, **named: (extracted.append(given), extract(self, *given, **named))[1],
+    )
+    absent = str(milvus.storage / "absent")
+    with opened(milvus, name, tiny_model, bulk_storage=absent, bulk_from=ENOUGH) as index:
+        with pytest.raises(UsageError, match=r"store\.bulk_storage .*absent' cannot be used"):
+            index.ingest(photos)
+        assert index.store.facts is None
+    assert not extracted
+    with opened(milvus, name, tiny_model) as index:
+        index.ingest(photos)
+    assert extracted
 
 
 @pytest.mark.server

@@ -71,14 +71,44 @@ def test_search_times_that_do_not_tell_how_they_grow_are_no_coefficients(
 ) -> None:
     codes = (1000, 4000, 2000, 8000)
     notes = _Notes(silent)
-    found = [_Searched(many, 1e-6 * each) for many, each in zip(codes, microseconds, strict=True)]
-    _fit_search(found, 10**5, lite, notes)
+    found = [_Searched(many, 1e-6 * each, not lite) for many, each in zip(codes, microseconds, strict=True)]
+    _fit_search(found, found, 10**5, lite, notes)
     prefix = "lite_" if lite else "search_"
     assert all(name.startswith(prefix) and one.value > 0 for name, one in notes.measured.items())
     assert (bool(notes.measured), len(notes.held_out), len(notes.missing)) == (fitted, fitted, not fitted)
     if not lite and fitted:
         assert notes.measured["search_code_seconds"].value == pytest.approx(10e-9 * _cores())
-        assert notes.measured["search_fixed_core_seconds"].value == pytest.approx(100e-6 * _cores())
+        of_one, each = (notes.measured[f"search_{name}_seconds"].value for name in ("segment", "neighbour_core"))
+        assert of_one + 120 * each == pytest.approx(100e-6 * _cores())
+
+
+@pytest.mark.parametrize(
+    ("more", "segment", "neighbours"),
+    [
+        ((0, 0, 120, 120), 60, 40),
+        ((0, 0, 240, 240), 120, 0),  # more than what one segment took: noise, and never less than nothing
+        ((0, 0, -50, -50), None, None),  # faster with more segments: not seen
+    ],
+)
+def test_a_segment_takes_what_a_search_took_less_once_it_was_merged(
+    more: tuple[float, ...], segment: float | None, neighbours: float | None
+) -> None:
+    notes = _Notes(silent)
+    codes, merged = (1000, 4000, 2000, 8000), (110, 140, 120, 180)
+    after = [_Searched(many, 1e-6 * each, 1) for many, each in zip(codes, merged, strict=True)]
+    before = [
+        _Searched(one.codes, one.seconds + 1e-6 * extra, number)
+        for one, extra, number in zip(after, more, (1, 1, 3, 3), strict=True)
+    ]
+    _fit_search(after, before, 10**5, False, notes)
+    found = {name: notes.measured[f"search_{name}_seconds"] for name in ("segment", "neighbour", "code")}
+    assert found["code"].value == pytest.approx(10e-9 * _cores())
+    if segment is None:
+        assert "as by default" in found["segment"].source
+        assert found["segment"].value / _cores() + 120 * found["neighbour"].value == pytest.approx(100e-6)
+    else:
+        assert found["segment"].value == pytest.approx(1e-6 * segment * _cores())
+        assert 120 * found["neighbour"].value == pytest.approx(1e-6 * (neighbours or 0))
 
 
 @pytest.mark.parametrize("grown", [0, 150e6, 250e6, 400e6, 900e6])
@@ -133,7 +163,8 @@ def test_a_server_keeps_its_own_collections_and_nothing_of_the_bench(wheel_serve
         with FeatureStore.open(settings.uri, "planned", OWN, settings.store) as store:
             assert store.count_features() == 30
         assert "write_rows_per_second" in made.coefficients
-        assert_fitted_or_said(made, {"search_fixed_seconds", "search_fixed_core_seconds", "search_code_seconds"})
+        names = ("neighbour", "neighbour_core", "segment", "code")
+        assert_fitted_or_said(made, {f"search_{name}_seconds" for name in names})
         assert any("files are not seen" in line for line in made.not_measured)
         # Rows of somebody else under the name that the bench would take.
         with FeatureStore.open(settings.uri, "planned_bench", OWN, settings.store) as store:

@@ -50,11 +50,36 @@ def test_a_server_compacts_and_tells_its_progress(milvus: Server) -> None:
         assert report.segments_before is not None
         assert report.segments_after is not None
         assert report.what.startswith("Compacted")
-        assert all(text.startswith(f"compacting {name}") for text in told)
+        assert all(text.startswith((f"compacting {name}", "indexing what was merged")) for text in told)
         assert (store.count_images(), store.count_features()) == (2, 100)
         status = store.status()
         assert status.indexed_rows == status.index_total_rows > 0
     client = MilvusClient(milvus.uri)
+    for suffix in ("features", "images"):
+        client.drop_collection(f"{name}_{suffix}")
+    client.close()
+
+
+@pytest.mark.server
+def test_what_was_merged_is_indexed_and_searched_when_compact_returns(milvus: Server) -> None:
+    name = f"t{uuid.uuid4().hex[:12]}"
+    settings = StoreSettings(profile="IVF_SQ8", nlist=16)
+    with FeatureStore.open(milvus.uri, name, MODEL, settings, max_features=500) as store:
+        for part in ("a", "b"):
+            store.write(random_items(ord(part), 6, 500, part))
+            store.build_index()
+        before = store.index_status()
+        report = store.compact()
+        after = store.index_status()
+    assert before.segments > after.segments == 1
+    assert (after.index, after.state) == ("IVF_SQ8", "Finished")
+    assert after.indexed_rows == after.total_rows == 6000
+    client = MilvusClient(milvus.uri)
+    described = client.describe_index(f"{name}_features", "descriptor")
+    assert (described["pending_index_rows"], described["indexed_rows"]) == (0, 6000)
+    assert report.segments_before is not None
+    assert report.segments_after is not None
+    assert report.segments_after < report.segments_before
     for suffix in ("features", "images"):
         client.drop_collection(f"{name}_{suffix}")
     client.close()
