@@ -170,8 +170,8 @@ class DelfIndex:
         does, but leave the index of the descriptors as it is: when all have ended, call `build_index` once.
 
         Raises InputError for a path that does not exist, UsageError for two photos with one id, for folders together
-        with addresses, for a shard that there is none and where Ray is asked for and not installed, ClusterError,
-        DatabaseError.
+        with addresses, for a shard that there is none, for a `store.bulk_storage` that cannot be used and where Ray is
+        asked for and not installed, ClusterError, DatabaseError.
         """
         self._check_own()
         engine = self._engine(dry_run)

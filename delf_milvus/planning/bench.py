@@ -309,6 +309,8 @@ def _build(store: FeatureStore, lite: bool) -> _Built:
 
 def _search(opened: Opened, store: FeatureStore) -> list[_Searched]:
     """With few visited lists and with many."""
+    # A server goes on for some seconds with what it had loaded.
+    store.await_index()
     status = store.index_status()
     lists = status.params["nlist"]
     found = []

@@ -24,7 +24,7 @@ from delf_milvus.errors import InputError, UsageError, one_line
 FORMAT = "delf-milvus coefficients"
 
 _GROWTH = "measured by the project on 2 cores, Milvus 2.3.5: README.md, Benchmarks, growth"
-_MERGED = "measured by the project on 2 cores, 2026-11-28, Milvus 2.3.5: 1M rows in 3 segments, and in one"
+_MERGED = "measured by the project on 2 cores, Milvus 2.3.5: tests/benchmarks/segments.py, between nprobe 8 and 64"
 _WRITES = "measured by the project on 2 cores, Milvus 2.3.5: README.md, Benchmarks, tests/benchmarks/moving.py"
 _ROUNDS = "assumed by the project: segments are indexed as written, and again when merged"
 _LITE = "measured by the project on 2 cores, Milvus Lite 3.2: 1M rows, nprobe 16 and 64 (2.3 s, 2.6 s; 1.45 GB)"

@@ -240,6 +240,14 @@ class FeatureStore(StoreWriter):
             self._indexing.build(self._feature_rows(), profile, progress)
             self._loaded.add(self._features)
 
+    def await_index(self) -> None:
+        """Wait until the index holds all descriptors that are flushed, and searches go to it and to nothing else.
+
+        Raises CollectionError without a collection, DatabaseError.
+        """
+        self._existing()
+        self._indexing.await_all(self._features)
+
     def drop_index(self) -> bool:
         """Release the features and drop their index; whether there was one. What reads features next builds it again.
 

@@ -45,7 +45,7 @@ _FLAT = IndexProfile("FLAT", "FLAT")
 _POLL_SECONDS = 0.5
 
 _HANDOVER_SECONDS = 60.0
-"""Patience with a server that is to search merged segments; it takes some ten seconds."""
+"""Patience with a server that is to search indexed segments instead of others; it takes some ten seconds."""
 
 _TRAINED = 39
 """Rows for each list that faiss wants to see in training."""
@@ -284,27 +284,31 @@ class Indexing:
         """Give the features this index, flushed and loaded."""
         self._replace(self.described(self._features), profile, rows, _unwatched)
 
-    def settle(self, name: str, progress: Watcher = _unwatched) -> None:
-        """Wait until what a server has merged is in the index, and is what is searched if the collection is loaded.
+    def await_all(self, name: str, progress: Watcher = _unwatched) -> None:
+        """Wait until a server's index holds all that is flushed, and is what is searched if the collection is loaded.
 
-        Until then it is not searched itself, but building its index takes the processors from searches where both
-        share a machine. Raises DatabaseError.
+        What was merged is searched as it was until then, but building its index takes the processors from searches
+        where both share a machine. Raises DatabaseError.
         """
         if self._db.backend == "lite" or self.described(name) == NO_INDEX:
             return
-        self._wait(name, "building the index of merged segments", progress)
+        self._wait(name, "building the index", progress)
         give_up = time.monotonic() + _HANDOVER_SECONDS
         while self._is_handing_over(name) and time.monotonic() < give_up:
             time.sleep(_POLL_SECONDS)
 
     def _is_handing_over(self, name: str) -> bool:
-        """Whether other segments are loaded than those that are kept."""
+        """Whether the segments that a loaded collection is searched in are not yet those that are kept."""
         # Not every server has these calls.
         with suppress(DatabaseError), self._db.asking("listing segments"):
-            kept = self._client.list_persistent_segments(name, timeout=self._settings.timeout)
-            loaded = self._client.list_loaded_segments(name, timeout=self._settings.timeout)
-            sealed = {one.segment_id for one in loaded if one.state.name == "Sealed"}
-            return bool(sealed) and not sealed <= {one.segment_id for one in kept}
+            timeout = self._settings.timeout
+            if self._client.get_load_state(name, timeout=timeout)["state"].name != "Loaded":
+                return False
+            kept = self._client.list_persistent_segments(name, timeout=timeout)
+            searched = self._client.list_loaded_segments(name, timeout=timeout)
+            return {one.segment_id for one in searched if one.state.name == "Sealed"} != {
+                one.segment_id for one in kept if one.num_rows > 0 and one.state.name == "Flushed"
+            }
         return False
 
     def drop(self) -> bool:

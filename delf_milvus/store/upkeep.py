@@ -63,7 +63,7 @@ def compact(
                 raise DatabaseError(f"The compaction of {name} at {database.where} goes on: look again later.")
             time.sleep(_POLL_SECONDS)
     for name in collections:
-        indexing.settle(name, lambda _: tell("indexing what was merged"))
+        indexing.await_all(name, lambda _: tell("indexing what was merged"))
     after = _segments(database, collections)
     told = "" if before is None or after is None else f": {before} segments before, {after} now"
     return CompactionReport(before, after, time.monotonic() - started, f"Compacted{told}.")

@@ -64,11 +64,11 @@ def test_a_storage_of_imports_that_cannot_be_used_is_told_before_any_photo_is_ex
     absent = str(milvus.storage / "absent")
     with opened(milvus, name, tiny_model, bulk_storage=absent, bulk_from=ENOUGH) as index:
         with pytest.raises(UsageError, match=r"store\.bulk_storage .*absent' cannot be used"):
-            index.ingest(photos)
+            index.ingest([photos])
         assert index.store.facts is None
     assert not extracted
     with opened(milvus, name, tiny_model) as index:
-        index.ingest(photos)
+        index.ingest([photos])
     assert extracted
 
 
